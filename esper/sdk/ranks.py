@@ -182,9 +182,9 @@ class Ranks:
         return None if message is None else Order(**message)
 
     def refuse(self, error: Exception) -> None:
-        """This rank's vote against what rank 0 does; raises ``ReplicaError`` on the others."""
-        assert self._replicas is not None
-        self._replicas.vote(error)
+        """This rank's vote against what all do; raises ``ReplicaError`` on the others."""
+        if self._replicas is not None:
+            self._replicas.vote(error)
 
     def mean(self, measure: Callable[[], float]) -> float:
         """Of what all ranks measure; NaN where one of them fails."""

@@ -190,7 +190,11 @@ class Surgery:
         self._refuse_without_snapshot(operation)
         self._ranks.order(Order.graft(operation))
         run = self._run
-        self._find_copies(operation, by_script=by_script)
+        try:
+            self._find_copies(operation, by_script=by_script)
+        except Exception as error:
+            self._ranks.refuse(error)
+            raise
         receipt = grafting.apply_graft(
             self.model,
             operation.layer,
@@ -261,7 +265,7 @@ class Surgery:
             by_script=by_script,
         )
         reason = reason or self._ledger.replaced
-        if reason and self._ranks.alone:
+        if reason:
             raise IncompatibleLayerError(
                 layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
             )
@@ -280,7 +284,7 @@ class Surgery:
     def waits_for_script(self) -> bool:
         """A graft that is no line of the script should come some steps later: whether the script
         keeps an average by hand is not known yet."""
-        if not self._ranks.alone or checkpoint.is_sharded(self._surroundings):
+        if checkpoint.is_sharded(self._surroundings):
             return False
         self.copies.search_for_graft()
         return self.copies.by_hand.undecided

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import esper
 from esper.compilation import build_kernel
 from esper.contracts import AdaptationState, CommandKind, SafetyPolicy
-from esper.exceptions import GraftError, IncompatibleLayerError
+from esper.exceptions import GraftError, IncompatibleLayerError, ReplicaError
 from esper.sdk import RunStopped, attaching
 from esper.sdk.transport.queues import Pace
 from tests.esper.distributed.rank_pool import RankPool
@@ -304,3 +304,47 @@ def test_layers_are_known_on_all_ranks_where_one_skips_its_first_batches(
     assert first[0] == second[0] == [("inner", True), ("norm", True), ("outer", True)]
     assert first[1]
     assert first[2] == second[2]
+
+
+def _keep_an_average(rank: int, keepers: tuple[int, ...]) -> str:
+    with replica(rank, norm=None) as side:
+        average = [p.detach().clone() for p in side.bare.parameters()]
+        if rank not in keepers:
+            average.clear()
+        for _ in range(3):
+            side.step()
+            for kept, parameter in zip(average, side.bare.parameters(), strict=False):
+                kept.lerp_(parameter.detach(), 0.1)
+        with pytest.raises((IncompatibleLayerError, ReplicaError)) as refused:
+            graft(side)
+        side.run(2)
+        return f"{refused.value} {average and side.parameters()}"
+
+
+@pytest.mark.parametrize("keepers", [(0, 1), (0,), (1,)])
+def test_no_rank_grafts_where_one_keeps_an_average_by_hand(
+    two_ranks: RankPool, keepers: tuple[int, ...]
+) -> None:
+    for answer in two_ranks.run(_keep_an_average, keepers):
+        assert "keeps an average by hand" in answer
+
+
+def _keep_anchors(rank: int) -> list[str]:
+    with replica(rank, norm=None, mode="automatic") as side:
+        anchors = {name: p.detach().clone() for name, p in side.bare.named_parameters()}
+        side.run(3)
+        surgery = side.session._parts.surgery
+        operation = surgery.planned("inner", "proj_lora_64", "", {})
+        with pytest.raises((IncompatibleLayerError, ReplicaError)) as refused:
+            surgery.apply(operation)
+        graft(side)  # the script knows what it does
+        side.run(2)
+        assert anchors
+        return [str(refused.value), side.parameters()]
+
+
+def test_the_policy_grafts_on_no_rank_beside_anchors(two_ranks: RankPool) -> None:
+    (first, weights), (second, others) = two_ranks.run(_keep_anchors)
+    assert "by the names of" in first
+    assert "by the names of" in second
+    assert weights == others
