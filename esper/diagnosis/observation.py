@@ -310,7 +310,9 @@ class Observation:
         layers: names of the layers that have run, in the order of execution.
         infos: these layers, as they were seen to run; empty unknown.
         frames: health frames, the newest last.
-        loss_steps, losses: int64 [T], float64 [T].
+        loss_steps, losses: int64 [T], float64 [T], of the latest steps.
+        first_losses: the first finite ones of the run, float64, also where ``losses`` no longer has
+            them; empty: ``losses`` has them.
         rewinds: how often the run went back to earlier weights.
         other_data_since: the step from which on the data or the targets are known to be others
             than before; -1: they are not.
@@ -345,6 +347,7 @@ class Observation:
     frames: Sequence[HealthFrame] = ()
     loss_steps: Steps = field(default_factory=lambda: NO_STEPS)
     losses: Doubles = field(default_factory=lambda: NO_LOSSES)
+    first_losses: Doubles = field(default_factory=lambda: NO_LOSSES)
     rewinds: int = 0
     other_data_since: int = -1
     held_out: Sequence[tuple[int, float]] = ()
@@ -545,7 +548,8 @@ class Observation:
     @cached_property
     def first_training_loss(self) -> float:
         """Median of the first twenty finite ones. Raises ``Unknown``."""
-        return float(np.median(self.finite_losses()[1][:20]))
+        first = self.first_losses if len(self.first_losses) else self.finite_losses()[1][:20]
+        return float(np.median(first))
 
     @property
     def came_trained(self) -> bool:

@@ -261,6 +261,7 @@ class DiagnosisWatch:
             frames=tuple(self._frames),
             loss_steps=losses_T2[:, 0].astype(np.int64),
             losses=losses_T2[:, 1].copy(),
+            first_losses=np.array(run.first_losses(), dtype=np.float64),
             rewinds=run.rewinds,
             other_data_since=run.other_data_since,
             held_out=tuple(self._held_out),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 from esper.contracts import RunMode, SafetyPolicy
 from esper.sdk.transport import TransportQueues
 from esper.sdk.transport.registration import Registration
 
 LOSSES_KEPT = 4_000
+FIRST_LOSSES = 20
 
 LossPoint = tuple[int, float]  # (step, loss)
 
@@ -24,6 +26,8 @@ class RunState:
         queues: to and from the server; None where this process talks to none.
         step: the optimizer steps that the session has counted.
         losses: the training loss of the latest steps, without those that a hard undo took back.
+        beginning: the first finite losses that led to the present weights, as far as they are
+            known: ``losses`` forgets them in a long run.
         given_up: (after step, up to step) of losses whose weights a remedy took back.
         other_data_since: the step from which on the data or the targets are known to be others than
             before; -1: they are not. other_data: how often they were found to be.
@@ -38,6 +42,7 @@ class RunState:
     queues: TransportQueues | None = None
     step: int = 0
     losses: deque[LossPoint] = field(default_factory=lambda: deque(maxlen=LOSSES_KEPT))
+    beginning: list[LossPoint] = field(default_factory=list)
     given_up: list[tuple[int, int]] = field(default_factory=list)
     other_data_since: int = -1
     other_data: int = 0
@@ -53,6 +58,7 @@ class RunState:
         """The weights are those of an earlier step: later losses are no measure of the run."""
         while self.losses and self.losses[-1][0] > to_step:
             self.losses.pop()
+        self.beginning = [point for point in self.beginning if point[0] <= to_step]
         self.given_up = [gap for gap in self.given_up if gap[1] <= to_step]
         self.rewinds += 1
 
@@ -83,6 +89,20 @@ class RunState:
         if not self.given_up:  # of nearly all runs; thousands of losses are asked for at a time
             return kept
         return [point for point in kept if self.led_to_its_weights(point[0])]
+
+    def first_losses(self) -> list[float]:
+        """The first finite losses that led to the present weights, at most ``FIRST_LOSSES``."""
+        known = [point for point in self.beginning if self.led_to_its_weights(point[0])]
+        after = known[-1][0] if known else -1
+        if len(known) < FIRST_LOSSES:
+            later = (
+                (step, loss)
+                for step, loss in self.losses
+                if step > after and math.isfinite(loss) and self.led_to_its_weights(step)
+            )
+            known += islice(later, FIRST_LOSSES - len(known))
+            self.beginning = known
+        return [loss for _, loss in known]
 
     @property
     def registration(self) -> Registration | None:

@@ -27,6 +27,7 @@ def state_of(parts: Parts) -> dict[str, Any]:
         "step": parts.run.step,
         "guard": parts.guard.losses.state_dict(),
         "losses": losses_to_state(parts.run.losses),
+        "first_losses": losses_to_state(parts.run.beginning),
         "sampling": [[p.since, p.frame, p.deep] for p in parts.sampling.recorded],
         "evaluate_every": [list(entry) for entry in parts.evaluations.pace.recorded],
         "local": parts.local.memory.to_state() if parts.local is not None else None,
@@ -54,12 +55,15 @@ def _load(parts: Parts, state: dict[str, Any], joint: Joint) -> None:
     memory = LocalMemory.from_state(state["local"]) if state["local"] is not None else None
     sampling = periods_of(state.get("sampling"))  # absent from older states
     evaluated = pace_of(state.get("evaluate_every"))  # absent from older states
+    beginning = state.get("first_losses")  # absent from older states
     step = int(state["step"])
     if step < 0:
         raise ConfigurationError(f"a session cannot have taken {step} steps")
     parts.surgery.load_state_dict(state, joint)
     parts.guard.losses, parts.run.step = guard, step
     parts.run.losses.extend(losses)
+    if beginning is not None:
+        parts.run.beginning = losses_from_state(beginning)
     if sampling is not None:
         parts.sampling.resume(sampling)
     if evaluated is not None:

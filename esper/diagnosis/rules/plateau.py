@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
@@ -72,12 +70,12 @@ class Plateau(Rule):
         # Near the limit the noise of the trend would end the finding and open it again.
         if abs(fall) >= (CLEAR if memory.is_open else FALL) or self._held_out_improves(observation):
             return None
-        first = float(np.median(losses[:20]))
+        first = observation.first_training_loss
         little = span >= 2 * LONG - WINDOW and features.level > LITTLE_LEARNED * abs(first)
         decayed = observation.rate_share < LITTLE_LEARNED
         return Evidence(
-            observed=f"the loss has been {features.level:.4g} for {window:.0f} steps; its trend is "
-            f"{-fall:+.2%} with an error of {error:.2%}"
+            observed=f"the loss has been {features.level:.4g} for {window:,.0f} steps; its trend "
+            f"is {-fall:+.2%} with an error of {error:.2%}"
             + ("; the schedule has lowered the learning rate" if decayed else ""),
             limit=f"a fall of {FALL:.1%}",
             signal="loss",

@@ -80,4 +80,4 @@ def _learns(observation: Observation) -> bool:
     if float(np.mean(losses[-2 * count :])) < BELOW_GUESSING * observation.last_pass.guessing_loss:
         return True  # also where the first losses are low, because it learned within a few steps
     share = UNLEARNED if count == LEVEL_LOSSES else UNLEARNED_EARLY
-    return float(np.median(losses[-count:])) < share * float(np.median(losses[:count]))
+    return float(np.median(losses[-count:])) < share * observation.first_training_loss

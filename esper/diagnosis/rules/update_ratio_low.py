@@ -95,14 +95,14 @@ class UpdateRatioLow(Rule):
         if len(losses) < FEWEST_LOSSES:
             raise Unknown("too few losses")
         half = min(len(losses) // 2, LEVEL_LOSSES)
-        first, level = float(np.median(losses[:half])), float(np.median(losses[-half:]))
+        first, level = observation.first_training_loss, float(np.median(losses[-half:]))
         if first <= 0 or level < UNLEARNED * first or observation.came_trained:
             return None
         advice = _WARMS_UP if observation.is_warming_up else ""
         if _decays_only(observation, ratio):
             advice = _DECAYS
         return Evidence(
-            observed=f"up to step {step} the median update is at most {ratio:.1e} of its weight, "
+            observed=f"up to step {step:,} the median update is at most {ratio:.1e} of its weight, "
             f"and the loss is {level / first:.0%} of the first",
             limit=f"at least {low:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,

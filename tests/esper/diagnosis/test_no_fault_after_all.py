@@ -633,3 +633,36 @@ def test_a_run_that_an_update_has_hurt_is_told_although_later_updates_are_small(
     found = UpdateRatioHigh().check(seen, Memory())
     assert (found is not None) is told
     assert found is None or found.severity is Severity.CAUTION
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_long_run_at_its_end_has_not_learned_slowly(
+    resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first losses are remembered where only the latest are kept, also by a checkpoint.
+
+    Its rate was lowered by the schedule, so that its updates are small; automatic mode raised it.
+    """
+    monkeypatch.setattr("esper.sdk.run_state.LOSSES_KEPT", 200)
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = torch.sin(x[:, :1]) + 0.3 * torch.randn(256, 1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    session = esper.attach(model, optimizer, mode="automatic", server="", verbose=False)
+    for step in range(650):
+        if step == 200:
+            optimizer.param_groups[0]["lr"] = 0.0005
+        if step == 450 and resumed:
+            state = session.state_dict()
+            session.close()
+            session = esper.attach(model, optimizer, mode="automatic", server="", verbose=False)
+            session.load_state_dict(state)
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+    assert not [one for one in session.findings() if one.slug == "slow_convergence"]
+    assert not session.remedies
+    session.close()
