@@ -245,10 +245,7 @@ RULES = (
         "Divide the loss of each batch by the number of batches of an update, or divide the "
         "learning rate by it."
     ),
-    _(
-        "the loss is a sum over %(parts)s, and its first update moves the weights by %(change)s"
-        " of their size"
-    ),
+    _("the loss is a sum over %(parts)s, and its first update moves the weights by %(change)s"),
     _("a mean over the batch"),
     _('Use reduction="mean", or divide the learning rate by the size of the batch.'),
     _("the loss was above %(limit)s %(times)s times in a row, now %(loss)s"),
@@ -300,8 +297,8 @@ RULES = (
     _("swings below %(limit)s of the level"),
     _("Lower the learning rate, or make the batches larger."),
     _(
-        "the held-out loss is %(now)s; its best was %(best)s at %(step)s; the training loss "
-        "fell from %(before)s to %(training)s"
+        "the held-out loss is %(now)s; its best was %(best)s at step %(step)s; the training "
+        "loss fell from %(before)s to %(training)s"
     ),
     _("at most %(limit)s above the best"),
     _("Keep the weights of the best evaluation; use weight decay, more data, or stop here."),
@@ -375,7 +372,7 @@ RULES = (
     ),
     _(
         "the loss has been %(level)s for %(steps)s steps, that of guessing is %(guess)s, and an"
-        " update moves the weights by %(change)s of their size"
+        " update moves the weights by %(change)s"
     ),
     _("below %(limit)s until something is learned"),
     _(
@@ -385,7 +382,10 @@ RULES = (
     _("at most %(times)s times as large"),
     _("the median update is %(ratio)s of its weight at step %(step)s"),
     _("below %(limit)s; about %(usual)s is usual"),
-    _("the update of step %(step)s moved the weights by %(change)s of their size in the median"),
+    _("the update of step %(step)s moved the weights by %(change)s in the median"),
+    _("%(share)s of their size"),
+    _("%(times)s times their size"),
+    _("layer %(name)s"),
     _("Lower the learning rate, by a factor of ten first."),
     _(
         "up to step %(step)s the median update is at most %(ratio)s of its weight, and the loss"

@@ -192,6 +192,8 @@ def _with_subject(text: str) -> str | None:
     """Of a sentence that begins with the layer or the run that it is about."""
     subject, colon, rest = text.partition(_SUBJECT)
     known = (_whole(rest) or _clauses(rest) or _with_subject(rest)) if colon else None
+    if known and subject.startswith("Layer "):
+        subject = _value(subject)
     return f"{subject}{_SUBJECT}{known}" if known else None
 
 

@@ -148,7 +148,8 @@ def _record_finding(run: Run, finding: Finding) -> bool:
 
 
 def _text(run: Run, finding: Finding, observed: str) -> str:
-    return f"{finding.layer or run.name}: {observed}"
+    subject = f"Layer {finding.layer}" if finding.layer else run.name
+    return f"{subject}: {observed}"
 
 
 @transaction.atomic

@@ -34,8 +34,9 @@ def _rate(factor: float) -> str:
         return "keep the learning rate"
     if factor in _VERBS:
         return f"{_VERBS[factor]} the learning rate"
-    if 0 < factor < 1 and round(1 / factor) == 1 / factor:
-        return f"divide the learning rate by {round(1 / factor):,}"
+    if 0 < factor < 0.5:
+        times = 1 / factor
+        return f"divide the learning rate by {f'{times:.3g}' if times < 100 else f'{times:,.0f}'}"
     return f"multiply the learning rate by {factor:.3g}"
 
 

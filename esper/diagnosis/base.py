@@ -141,3 +141,16 @@ class Rule(ABC):
         Raises:
             Unknown: what the rule needs was not measured, so nobody knows.
         """
+
+
+def amount(value: float) -> str:
+    """Two significant digits, as people write them: 0.73, 14, 31,000, 1.6e+12."""
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.1e}" if value else "0"
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 10 else f"{rounded:g}"
+
+
+def of_size(change: float) -> str:
+    """How far an update moves weights, in words that follow "by"."""
+    return f"{amount(change)} of their size" if change < 1 else f"{amount(change)} times their size"

@@ -89,7 +89,7 @@ class Capacity(Rule):
             return None
         units = first.features_out
         return Evidence(
-            observed=f"in {WINDOW} steps the training loss {_change(fall)} to {level:.4g}, and "
+            observed=f"in {WINDOW:,} steps the training loss {_change(fall)} to {level:.4g}, and "
             f"{held}; between {first.name} and {last.name} are only {units} units",
             limit=f"a fall above {ALONE_FALL if alone else FALL:.0%}, or a wider hidden layer",
             signal="loss",

@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 from esper.contracts import Severity
-from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, amount
 from esper.diagnosis.observation import Gradients, LossKind, Observation, Unknown
 
 RATIO = 70.0
@@ -62,8 +62,8 @@ class ExplodingGradient(Rule):
             return self._large(observation)
         rises = [(norms[a] / norms[b], a) for a, b in pairwise(names)]
         return Evidence(
-            observed=f"the gradient norm is {size:.1e} in {first} and {norms[last]:.1e} in {last}, "
-            f"a ratio of {ratio:.1e}",
+            observed=f"the gradient norm is {amount(size)} in {first} and {amount(norms[last])} in "
+            f"{last}, a ratio of {amount(ratio)}",
             limit=f"a ratio of at most {RATIO:g}",
             signal="grad_norm",
             value=ratio,
@@ -76,7 +76,8 @@ class ExplodingGradient(Rule):
         if seen.loss_kind not in STEADY or not seen.loss_scale < 2 or size <= STEEP:
             return None
         return Evidence(
-            observed=f"the gradient norm is {size:.1e}, and the loss a mean of {seen.loss_kind}",
+            observed=f"the gradient norm is {amount(size)}, and the loss a mean of "
+            f"{seen.loss_kind}",
             limit=f"a norm of at most {STEEP:g}",
             signal="grad_norm",
             value=size,
@@ -92,7 +93,7 @@ class ExplodingGradient(Rule):
             return None
         return Evidence(
             observed=f"the loss grew from {first:.3g} to {now:.3g}, and the gradient from "
-            f"{sizes[0]:.2g} to {max(sizes):.2g}",
+            f"{amount(sizes[0])} to {amount(max(sizes))}",
             limit=f"at most {GROWTH:g} times the first loss",
             signal="loss",
             value=now,

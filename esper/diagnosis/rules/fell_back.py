@@ -81,8 +81,8 @@ class FellBack(Rule):
         other = _other_inputs(inputs, best_step)
         newest = max(inputs, default=observation.step)
         return Evidence(
-            observed=f"{other}the loss fell from {first:.4g} to {best:.4g} at step {best_step}, "
-            f"and has been {level:.4g} for {WINDOW} steps",
+            observed=f"{other}the loss fell from {first:.4g} to {best:.4g} at step {best_step:,}, "
+            f"and has been {level:.4g} for {WINDOW:,} steps",
             limit=f"less than {BACK:.0%} of the gain given back",
             signal="loss",
             value=(level - best) / gain,

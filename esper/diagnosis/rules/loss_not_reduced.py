@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from esper.contracts import Severity
-from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, of_size
 from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
 from esper.diagnosis.updates import STEADY
 
@@ -105,7 +105,7 @@ def _evidence(parts: str, value: float, observation: Observation) -> Evidence:
     too_far = too_far and _raised_the_loss(observation)
     return Evidence(
         observed=f"the loss is a sum over {parts}"
-        + (f", and its first update moves the weights by {change:.2g} of their size" * too_far),
+        + (f", and its first update moves the weights by {of_size(change)}" * too_far),
         limit="a mean over the batch",
         signal="loss",
         value=value,

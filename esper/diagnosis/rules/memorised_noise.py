@@ -48,7 +48,7 @@ class MemorisedNoise(Rule):
             return None
         return Evidence(
             observed=f"the training loss fell from {chance:.4g} to {training:.4g}; the held-out "
-            f"loss was {first:.4g} at step {first_step}, at best {best:.4g}, and is {now:.4g}",
+            f"loss was {first:.4g} at step {first_step:,}, at best {best:.4g}, and is {now:.4g}",
             limit="a held-out loss that falls with the training loss",
             signal="eval_loss",
             value=now,

@@ -44,7 +44,7 @@ class NothingMoves(Rule):
         reading = observation.last_gradients
         if observation.step >= ZERO_RATE and not any(rate != 0 for _, rate in observation.rates):
             return Evidence(
-                observed=f"the learning rate has been 0 since the start, for {observation.step} "
+                observed=f"the learning rate has been 0 since the start, for {observation.step:,} "
                 "steps",
                 limit="a learning rate above 0",
                 signal="highest_rate",

@@ -65,8 +65,8 @@ class OverFitting(Rule):
         learned = max(held_out[0][1], observation.first_training_loss) - best
         rises = now > best + max(RISE * abs(best), GIVEN_BACK * learned)
         return Evidence(
-            observed=f"the held-out loss is {now:.4g}; its best was {best:.4g} at {best_step}; "
-            f"the training loss fell from {then:.4g} to {latest:.4g}",
+            observed=f"the held-out loss is {now:.4g}; its best was {best:.4g} at step "
+            f"{best_step:,}; the training loss fell from {then:.4g} to {latest:.4g}",
             limit=f"at most {MILD:.0%} above the best",
             signal="eval_loss",
             value=now / best - 1 if best else math.nan,

@@ -60,7 +60,8 @@ class RateJump(Rule):
         before, after = jump["rates"]
         return Evidence(
             observed=f"the learning rate rose from {before:.3g} to {after:.3g} between steps "
-            f"{jump['since'] - 1} and {jump['seen']}, and the loss from {level:.4g} to {loss:.4g}",
+            f"{jump['since'] - 1:,} and {jump['seen']:,}, and the loss from {level:.4g} "
+            f"to {loss:.4g}",
             limit=f"a loss of at most {limit:.4g}",
             signal="learning_rate",
             value=after / before,

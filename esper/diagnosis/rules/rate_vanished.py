@@ -55,7 +55,7 @@ class RateVanished(Rule):
             return None  # whatever the groups say: a remedy holds the rate
         share = observation.learned_share
         return Evidence(
-            observed=f"the learning rate was {highest:.3g}, and since step {since} it is at most "
+            observed=f"the learning rate was {highest:.3g}, and since step {since:,} it is at most "
             f"{VANISHED * highest:.1g}",
             limit=f"a rate above {VANISHED:g} of the highest while the run goes on",
             signal="highest_rate",

@@ -84,7 +84,7 @@ class SlowConvergence(Rule):
             return None  # it learns, or it has diverged, which other rules explain
         slow = median(ratio for _, ratio in observation.update_ratios) < SMALL_UPDATE
         return Evidence(
-            observed=f"after {observation.step} steps the loss is {share:.1%} of the first",
+            observed=f"after {observation.step:,} steps the loss is {share:.1%} of the first",
             limit=f"a fall of more than {GAIN:.0%}",
             signal="loss",
             value=share,
@@ -113,7 +113,7 @@ def _guesses(observation: Observation) -> Evidence | None:
     else:
         return None
     return Evidence(
-        observed=f"after {observation.step} steps {observed}",
+        observed=f"after {observation.step:,} steps {observed}",
         limit=limit,
         signal="loss",
         value=value,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts import Severity, Signal
-from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, amount, of_size
 from esper.diagnosis.observation import Gradients, Observation, Unknown
 from esper.diagnosis.updates import EXCESSIVE, STEADY
 
@@ -115,7 +115,7 @@ class UpdateRatioHigh(Rule):
             return None  # the updates say enough by themselves
         return Evidence(
             observed=f"the loss has been {level:.3g} for {count} steps, that of guessing is "
-            f"{chance:.3g}, and an update moves the weights by {change:.2g} of their size",
+            f"{chance:.3g}, and an update moves the weights by {of_size(change)}",
             limit=f"below {ABOVE_SOUND * STEADY:g} until something is learned",
             signal=Signal.UPDATE_RATIO,
             value=change,
@@ -146,7 +146,7 @@ class UpdateRatioHigh(Rule):
         if median < (STILL if memory.is_open else HIGH) or self._learns(observation):
             return None
         return Evidence(
-            observed=f"the median update is {median:.2g} of its weight at step {step}",
+            observed=f"the median update is {amount(median)} of its weight at step {step:,}",
             limit=f"below {HIGH:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=median,
@@ -176,8 +176,8 @@ class UpdateRatioHigh(Rule):
         if not memory.is_open and observation.loss_change_after(first) < most - 1.0:
             return None
         return Evidence(
-            observed=f"the update of step {reading.step} moved the weights by {reading.change:.2g} "
-            "of their size in the median",
+            observed=f"the update of step {reading.step} moved the weights by "
+            f"{of_size(reading.change)} in the median",
             limit=f"below {FIRST:g}; about 0.001 is usual",
             signal=Signal.UPDATE_RATIO,
             value=reading.change,

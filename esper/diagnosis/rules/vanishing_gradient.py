@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from esper.contracts import Severity
-from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, amount
 from esper.diagnosis.observation import Observation, Unknown
 
 RATIO = 1e-3
@@ -70,8 +70,8 @@ class VanishingGradient(Rule):
         # Where it is lost: the layer behind the steepest fall.
         falls = [(living[a] / living[b], a) for a, b in pairwise(names)]
         return Evidence(
-            observed=f"the gradient norm is {living[first]:.1e} in {first} and "
-            f"{living[last]:.1e} in {last}, a ratio of {ratio:.1e}",
+            observed=f"the gradient norm is {amount(living[first])} in {first} and "
+            f"{amount(living[last])} in {last}, a ratio of {amount(ratio)}",
             limit=f"a ratio of at least {RATIO:g}",
             signal="grad_norm",
             value=ratio,
