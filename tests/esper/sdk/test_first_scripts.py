@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from sklearn.datasets import load_digits, load_iris
+from sklearn.datasets import load_iris
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper
+from tests.esper.diagnosis.small_runs import digits
 
 STEPS = 300
 
@@ -122,7 +123,7 @@ def one_sample_at_a_time() -> Script:
 
 def classes_one_sample_at_a_time() -> Script:
     """The loss of single samples is above that of guessing for long, and the mean falls slowly."""
-    x, y = pixels()
+    x, y = digits()
     model = nn.Linear(64, 10)
 
     def loss(_: int) -> Tensor:
@@ -177,14 +178,14 @@ class Uncertain(nn.Module):
 
 
 def uncertain_weights() -> Script:
-    x, y = pixels()
+    x, y = digits()
     model = nn.Sequential(Uncertain(64, 32), nn.ReLU(), Uncertain(32, 10))
     return fitted(model, torch.optim.Adam, 3e-3, x, y, F.cross_entropy)
 
 
 def trained_before() -> Script:
     """It goes on from good weights with a low rate."""
-    x, y = pixels()
+    x, y = digits()
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     fitted(model, torch.optim.Adam, 1e-2, x, y, F.cross_entropy).run()
     return fitted(model, torch.optim.SGD, 1e-4, x, y, F.cross_entropy)
@@ -205,7 +206,7 @@ class Adapted(nn.Module):
 
 def adapters() -> Script:
     """A model of some classes learns the other ones, with a new head that starts at zero."""
-    x, y = pixels()
+    x, y = digits()
     layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)]
     known = y < 5
     model = nn.Sequential(*layers)
@@ -252,14 +253,9 @@ def test_a_sound_script_is_left_alone_to_the_bit(script: Callable[[], Script]) -
         assert "repeated_initialisation" not in {found.slug for found in session.findings()}
 
 
-def pixels() -> tuple[Tensor, Tensor]:
-    digits = load_digits()
-    return torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-
-
 def test_batches_that_the_script_skips_are_no_fault_of_the_weights() -> None:
     """A third of them has a value that is not finite, often several in a row."""
-    x, y = pixels()
+    x, y = digits()
     x[::40] = torch.nan
 
     def run(session_of: Callable[..., esper.Session] | None = None) -> list[float]:
@@ -293,7 +289,7 @@ def tasks(step: int, y: Tensor) -> Tensor:
 
 def switched() -> Script:
     """The targets of the same inputs change twice."""
-    x, y = pixels()
+    x, y = digits()
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
     model.append(nn.Linear(64, 10))
 
@@ -325,7 +321,7 @@ def target_network() -> Script:
 
 def lost() -> Script:
     """The targets have nothing to do with the inputs any more."""
-    x, y = pixels()
+    x, y = digits()
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
     model.append(nn.Linear(64, 10))
 
@@ -370,7 +366,7 @@ def test_a_rewind_that_shows_other_data_is_undone_to_the_bit_and_says_so(
 
 def plateau_of_columns() -> Script:
     """The first model of the tutorials: wide, plain SGD, a rate that is slow and no fault."""
-    x, y = pixels()
+    x, y = digits()
     model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU())
     model.append(nn.Linear(512, 10))
 

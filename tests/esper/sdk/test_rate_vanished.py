@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedules
 
 import esper
+from tests.esper.diagnosis.small_runs import digits
 
 SLUG = "rate_vanished"
 STEPS = 400
@@ -21,8 +21,7 @@ STEPS = 400
 def train(schedule: Callable[[Any], Any], rate: float, steps: int = STEPS) -> tuple[Any, float]:
     """The session after a run on digits, and the run's last loss."""
     torch.manual_seed(0)
-    digits = load_digits()
-    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    x, y = digits()
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     scheduler = schedule(optimizer)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,9 +96,7 @@ FAULTS = {
 class Run:
     def __init__(self, fault: Fault, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        digits = load_digits()
-        self.x = torch.tensor(digits.data, dtype=torch.float32) / 16
-        self.y = torch.tensor(digits.target)
+        self.x, self.y = small_runs.digits()
         layers: list[nn.Module] = [nn.Linear(64, 32), fault.activation()]
         for _ in range(fault.depth - 1):
             layers += [nn.Linear(32, 32), fault.activation()]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper
 from esper.sdk.written_weights import WrittenWeights
+from tests.esper.diagnosis.small_runs import digits
 
 STEPS = 300
 Write = Callable[[nn.Module, torch.optim.Optimizer, int], None]
@@ -36,8 +36,7 @@ def losses_of(
     model = perceptron()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate(0))
     session = session_of(model, optimizer) if session_of is not None else None
-    data = load_digits()
-    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    x, y = digits()
     losses = []
     for step in range(STEPS):
         write(model, optimizer, step)
