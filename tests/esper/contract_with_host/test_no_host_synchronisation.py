@@ -224,6 +224,7 @@ class Loop:
         return caught.found
 
 
+@pytest.mark.cover(values=1)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_no_step_waits_for_the_device(model: str, optimizer: str, late: LateNumbers) -> None:
