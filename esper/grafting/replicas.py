@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,6 +36,8 @@ from esper.grafting.slot import CONTAINERS, slot_of
 from esper.sharding import Layout
 
 AnyGraft = TypeVar("AnyGraft", bound=Graft)
+# the model's process group -> ranks -> Esper's own; torch keeps both until they are destroyed
+_groups: MutableMapping[Any, dict[tuple[int, ...], weakref.ref[Any]]] = weakref.WeakKeyDictionary()
 WHOLE_MODEL = ""  # name of the "layer" that stands for the model on all ranks
 
 
@@ -260,7 +263,7 @@ class Replicas(RankGroup):
 
     def __init__(self, ddp: DistributedDataParallel) -> None:
         ranks = distributed.get_process_group_ranks(ddp.process_group)
-        super().__init__(control_group(ranks, ddp.process_group, ddp.device))
+        super().__init__(shared_group(ranks, ddp.process_group, ddp.device))
         self._ddp = ddp
         self._rebuilt = False
         self._thread: BucketThread | None = None
@@ -480,8 +483,22 @@ def _keeps_buckets(state: object) -> bool:
     return state is not None and not isinstance(state, distributed.ProcessGroup)
 
 
+def shared_group(ranks: list[int], model: Any, device: torch.device) -> Any:
+    """The :func:`control_group` of all sessions whose model uses the same process group.
+
+    A group lives until the process group ends: to destroy one of several can hang the ranks.
+    """
+    of_model = _groups.setdefault(model, {})
+    known = of_model.get(tuple(ranks))
+    group = known() if known is not None else None
+    if group is None:
+        group = control_group(ranks, model, device)
+        of_model[tuple(ranks)] = weakref.ref(group)
+    return group
+
+
 def control_group(ranks: list[int], model: Any, device: torch.device) -> Any:
-    """A gloo group with the same ranks and timeout, for small tensors on the CPU.
+    """A new gloo group with the same ranks and timeout, for small tensors on the CPU.
 
     Args:
         model: the process group that the model uses on ``device``.

@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from esper.blueprints import Graft
 from esper.fail_closed import contained
 from esper.grafting.companion import Companion
-from esper.grafting.replicas import RankGroup, control_group
+from esper.grafting.replicas import RankGroup, control_group, shared_group
 from esper.grafting.slot import first_tensor, slot_of
 from esper.sharding import Kind, Layout, fsdp_groups, group_ranks, is_fsdp_module, why_no_graft
 
@@ -42,7 +42,7 @@ class ShardedRanks(RankGroup):
     def __init__(self, model: nn.Module, kind: Kind) -> None:
         ranks = group_ranks(model)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        super().__init__(control_group(ranks, distributed.group.WORLD, device))
+        super().__init__(shared_group(ranks, distributed.group.WORLD, device))
         self.background = control_group(ranks, distributed.group.WORLD, device)
         self.layout = Layout(model, kind, self.size)
         self._model = model

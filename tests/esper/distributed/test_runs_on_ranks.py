@@ -348,3 +348,17 @@ def test_the_policy_grafts_on_no_rank_beside_anchors(two_ranks: RankPool) -> Non
     assert "by the names of" in first
     assert "by the names of" in second
     assert weights == others
+
+
+def _attach_again(rank: int) -> int:
+    with replica(rank) as side:
+        side.run(1)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    for _ in range(2):
+        with replica(rank) as side:
+            side.run(1)
+    return len(dist.distributed_c10d._world.pg_map) - groups
+
+
+def test_a_later_session_of_the_same_ranks_makes_no_group_of_its_own(two_ranks: RankPool) -> None:
+    assert two_ranks.run(_attach_again) == [0, 0]
