@@ -269,7 +269,7 @@ def _left_out(wanted: Iterable[str], saved: Iterable[str]) -> list[str]:
 _REPLACED = {
     "lightning.pytorch": _in_lightning,
     "pytorch_lightning": _in_lightning,
-    "transformers": _in_transformers,
+    "transformers.modeling_utils": _in_transformers,  # transformers imports it when it is asked for
     "peft": _in_peft,
     PLANNER: _in_distributed_checkpoint,
     SCRIPT: _in_script,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer as HuggingFace
 
+import esper
 from esper.exceptions import ConfigurationError
 from esper.sdk.frameworks import huggingface
 from esper.sdk.frameworks.huggingface import EsperCallback as TrainerCallback
@@ -209,3 +212,27 @@ def test_a_step_of_a_trainer_that_tells_no_loss_is_a_finding(tmp_path: Path) -> 
     assert session is not None
     assert session._parts.run.step == 4
     assert [f for f in session._parts.findings.all() if "without a loss" in f.observed]
+
+
+def test_a_graft_imports_nothing_of_a_framework(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers imports its models when they are asked for: seconds, or an error."""
+
+    def imports(name: str) -> None:
+        raise ModuleNotFoundError(f"could not import {name}")
+
+    lazy = ModuleType("transformers")
+    lazy.__getattr__ = imports  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "transformers", lazy)
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with esper.attach(model, optimizer, run="lazy", server="", verbose=False) as session:
+        loss = model(torch.randn(4, 8)).square().mean()
+        loss.backward()
+        optimizer.step()
+        session.step(loss)
+        session.graft("0", "proj_lora_64")
+
+    assert not caplog.records
