@@ -195,7 +195,7 @@ STOPS = (
     Stop(
         "search",
         "Search",
-        "Ctrl+K finds runs, layers, adaptations and pages.",
+        "Ctrl+K finds runs, adaptations, blueprints and pages.",
         "/search?q=topics",
     ),
     Stop(

@@ -469,8 +469,8 @@ def check_binding(adaptation: Adaptation, evidence_hash: str) -> None:
         raise Problem(
             409,
             "old-epoch",
-            f"The trainer was started again since the proposal: it was made in epoch "
-            f"{adaptation.run_epoch}, the run is at epoch {adaptation.run.epoch}. Reject it.",
+            "The trainer was started again since the proposal, and its model may differ from the "
+            "one that was judged. Reject it; what is still wrong is proposed again.",
             epoch=adaptation.run.epoch,
         )
 

@@ -788,6 +788,7 @@ VERDICTS = (
 )
 
 SERVER = (
+    _("it changes nothing, so nobody must approve it"),
     _("%(remedy)s, as it is"),
     _("%(name)s from %(low)s to %(high)s"),
     _("%(name)s from %(low)s to %(high)s, all uses together"),

@@ -41,10 +41,12 @@ export function announce(text, { urgent = false } = {}) {
   place.textContent = text;
 }
 
-// Makes characters visible that reorder a line or hide (the templates do the same).
+// Makes characters visible that reorder a line or hide, and isolates words that are written from
+// right to left, which would reorder the numbers around them (the templates do the same).
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc](?:[\d_. -]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc])*/gu;
 export function visible(text) {
   return String(text).replace(/[\p{Cf}\p{Cc}\p{Co}\p{Cn}]/gu, (char) => {
     const code = char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
     return `⟨U+${code}⟩`;
-  });
+  }).replace(RIGHT_TO_LEFT, "\u2068$&\u2069");
 }

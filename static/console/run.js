@@ -310,7 +310,7 @@ document.addEventListener("htmx:afterSwap", ({ detail: { target } }) => {
   if (target.id !== "panel-timeline") return;
   markers = readMarkers();
   lane.draw(markers);
-  describeLoss();
+  if (series.step.length) describeLoss(); // before that the loss is still being fetched
   chart?.redraw();
 });
 

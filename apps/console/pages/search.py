@@ -117,7 +117,8 @@ def _waiting_or_past(text: str) -> Iterator[Hit]:
         return _decisions(Adaptation.objects.filter(uid=text))
     last = Adaptation.objects.values_list("pk", flat=True).first() or 0
     grafted = list(Blueprint.objects.filter(slug__icontains=text).values_list("pk", flat=True))
-    fits = Q(in_words__icontains=text) | Q(layer__icontains=text) | Q(blueprint__in=grafted)
+    named = Q(layer__icontains=text) | Q(since__icontains=text)
+    fits = Q(in_words__icontains=text) | named | Q(blueprint__in=grafted)
     return _decisions(Adaptation.objects.filter(fits, pk__gt=last - NEWEST)[:MOST])
 
 

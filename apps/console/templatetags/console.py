@@ -39,15 +39,21 @@ _UNKNOWN = "—"
 def visible(text: object) -> str:
     """Text from outside with its invisible characters made visible: ``\\u202e`` reverses a line.
 
-    The template escapes the result; this filter only keeps a name from imitating another one.
+    The template escapes the result; this filter only keeps a name from imitating another one, and
+    a name that is written from right to left from reordering the numbers around it.
     """
     shown = str(text)
-    if shown.isprintable():  # nearly always
-        return shown
-    return "".join(
-        f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in {"Cf", "Cc", "Co", "Cn"} else char
-        for char in shown
-    )
+    if not shown.isprintable():
+        shown = "".join(
+            f"⟨U+{ord(char):04X}⟩" if unicodedata.category(char) in _HIDDEN else char
+            for char in shown
+        )
+    return shown if shown.isascii() else _RIGHT_TO_LEFT.sub("\u2068\\g<0>\u2069", shown)
+
+
+_HIDDEN = frozenset({"Cf", "Cc", "Co", "Cn"})
+_LETTER = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]"
+_RIGHT_TO_LEFT = re.compile(rf"{_LETTER}(?:[\d_. -]*{_LETTER})*")
 
 
 @register.filter

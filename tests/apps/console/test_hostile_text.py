@@ -87,3 +87,10 @@ def test_hostile_names_are_text_on_every_page(world: Any) -> None:
 def test_invisible_characters_are_made_visible() -> None:
     assert visible("a\u202eb\u200bc") == "a⟨U+202E⟩b⟨U+200B⟩c"
     assert visible("größe 中文 layer.0") == "größe 中文 layer.0"
+
+
+def test_a_name_from_right_to_left_does_not_move_the_numbers_around_it() -> None:
+    """A sentence "lowest 1 in <name>, highest 2" was shown with the 2 before the name."""
+    assert visible("1 in שכבה_ראשונה, 2 of 3") == "1 in \u2068שכבה_ראשונה\u2069, 2 of 3"
+    assert visible("enc.שכבה 2 אחת.0") == "enc.\u2068שכבה 2 אחת\u2069.0"
+    assert visible("naïve ⟨größe⟩") == "naïve ⟨größe⟩"

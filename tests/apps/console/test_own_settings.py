@@ -115,6 +115,8 @@ def test_search_looks_through_the_words_of_the_newest_decisions(
     for words in (newest.layer, newest.grafted_blueprint.slug, oldest.uid, f"A-{oldest.number}"):
         wanted = newest if words in (newest.layer, newest.grafted_blueprint.slug) else oldest
         assert wanted.uid in text_of(client, f"/search?q={words}&part=list"), words
+    Adaptation.objects.filter(pk=newest.pk).update(since="first.of.a.span")
+    assert newest.uid in text_of(client, "/search?q=first.of&part=list")
     Adaptation.objects.filter(pk=oldest.pk).update(layer="far.away")
     assert oldest.uid not in text_of(client, "/search?q=far.away&part=list")
     monkeypatch.setattr(search, "NEWEST", newest.pk)
