@@ -11,6 +11,7 @@ import hashlib
 import math
 import random
 import re
+from functools import cache
 from typing import Any
 
 import numpy
@@ -111,9 +112,22 @@ def test_every_refusal_is_a_sentence_for_a_person_and_touches_nothing(slug: str)
         assert fingerprint(subject.model) == before
 
 
+@cache
+def lstms_train_in_bfloat16() -> bool:
+    """torch raises on a processor without AVX-512, for which oneDNN has no such LSTM."""
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            nn.LSTM(8, 12)(torch.randn(5, 2, 8))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(("slug", "kind", "way"), cover_and_rest(CONTRACT))
 def test_a_graft_keeps_the_whole_contract(slug: str, kind: str, way: str) -> None:
     dtype, autocast, training = WAYS[way]
+    if kind.startswith("lstm") and not lstms_train_in_bfloat16():
+        autocast = False  # the graft and the layer still meet
     subject = make_subject(kind, dtype)
     model = subject.model.train(training)
     prepare_slots(model, [subject.info.name])  # as attach does; an empty slot stays
