@@ -110,7 +110,7 @@ def variational() -> Run:
 
 
 KINDS: dict[str, Callable[[], Run]] = {
-    "perceptron on digits": lambda: Run(steps=800),
+    # The plain perceptron on digits is the twin of many rules in test_rules_on_runs.py.
     "perceptron with dropout, no loss tensor": lambda: Run(
         perceptron(0.2), steps=800, passes_number=True
     ),
