@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 import numpy as np
@@ -140,13 +140,23 @@ class DiagnosisWatch:
         The first one that is far too large counts: it damages the weights, and later gradients are
         of damaged ones. Readings from before the model was changed do not count.
         """
-        since, largest = self._anew_since, math.nan
-        for reading in self.recorder.gradients:
-            excess = reading.change / sound_update(self.optimizers, reading.step - since)
+        largest = math.nan
+        for excess in self._excesses():
             if excess > EXCESSIVE:
                 return excess
             largest = excess if math.isnan(largest) else max(largest, excess)
         return largest
+
+    @property
+    def newest_excess(self) -> float:
+        """The same of the newest update, so of the weights as they are now; NaN unknown."""
+        known = [excess for excess in self._excesses() if not math.isnan(excess)]
+        return known[-1] if known else math.nan
+
+    def _excesses(self) -> Iterator[float]:
+        for reading in self.recorder.gradients:
+            sound = sound_update(self.optimizers, reading.step - self._anew_since)
+            yield reading.change / sound
 
     @property
     def first_update(self) -> float:

@@ -58,8 +58,13 @@ class Doses:
         return {"value": highest / found.evidence.value} if highest > 0 else {}
 
     def _rate(self, found: Diagnosed, given: int) -> float:
-        raises = found.rule.slug in RAISES
-        return self._higher(found) if raises else self._lower(found) ** (1 + given)
+        if found.rule.slug in RAISES:
+            return self._higher(found)
+        excess = self._diagnosis.update_excess
+        if self._young.has_learned and not follows_gradient(self._diagnosis.optimizers):
+            # It learns with weights that have grown: a rate for the first ones hardly moves these.
+            excess = self._diagnosis.newest_excess
+        return self._lower(found, excess) ** (1 + given)
 
     def _rewind(self, found: Diagnosed, given: int) -> dict[str, Any]:
         found = self._cause(found)
@@ -68,7 +73,7 @@ class Doses:
         hurt = young.was_hurt or young.lost_units(found)
         anew = young.is_early or hurt or died_unlearned
         power = given + (0 if self._was_sudden(found) else 1)
-        factor = max(self._lower(found) ** power, STRONGEST)
+        factor = max(self._lower(found, self._diagnosis.update_excess) ** power, STRONGEST)
         if died_unlearned and not hurt:
             factor = GENTLE  # updates are of a sound size, so a much lower rate would lose time
         return {"step": self._first_step if anew else found.since_step, "factor": factor}
@@ -97,11 +102,14 @@ class Doses:
             return 1 / WEAKEST
         return min(max(sound / ratio, 1 / WEAKEST), 1 / STRONGEST)
 
-    def _lower(self, found: Diagnosed) -> float:
-        """The factor back to the earlier rate, or to updates of a sound share, where known."""
+    def _lower(self, found: Diagnosed, excess: float) -> float:
+        """The factor back to the earlier rate, or to updates of a sound share, where known.
+
+        Args:
+            excess: how many times larger than sound ones the updates are; NaN unknown.
+        """
         if found.evidence.signal == JUMPED:
             return max(1 / found.evidence.value, STRONGEST)
-        excess = self._diagnosis.update_excess
         if math.isnan(excess) and found.evidence.signal == Signal.UPDATE_RATIO:
             excess = found.evidence.value / STEADY
         if not excess > 0:

@@ -245,6 +245,33 @@ def test_a_rate_of_adam_that_is_raised_does_not_depend_on_the_noise_of_batches()
     assert 3e-4 < chosen[0] < 3e-3
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_run_that_learns_at_a_high_rate_gets_the_rate_of_its_present_weights(
+    learns: bool,
+) -> None:
+    """They have grown since the first updates, and the rate of the first ones hardly moves them."""
+    torch.manual_seed(0)
+    hidden = [(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()) for _ in range(2)]
+    model = nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(64, 10))
+    x, y = small_runs.digits()
+    high = small_runs.Run(
+        model,
+        data=(x, y if learns else y[torch.randperm(len(y))]),
+        optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.3),
+        steps=100,
+    )
+    with high.start() as session:
+        high.train(session)
+        loop = session._parts.remedies
+        assert loop is not None
+        evidence = Evidence("the loss moves about", "none", "loss", math.nan)
+        found: Any = SimpleNamespace(
+            rule=SimpleNamespace(slug="oscillating_loss"), evidence=evidence
+        )
+        factor = loop._chooser._doses.of("set_lr", found, 0)["factor"]
+    assert (0.02 < factor <= 0.1) is learns
+
+
 def test_a_rate_that_jumped_goes_back_to_the_rate_of_before_and_no_other() -> None:
     def early(step: int, optimizer: torch.optim.Optimizer) -> None:
         if step == 120:
