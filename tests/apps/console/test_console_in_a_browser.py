@@ -159,6 +159,23 @@ def test_no_page_has_a_serious_barrier_or_scrolls_sideways_on_a_phone(
     assert wide == []
 
 
+def test_a_press_before_the_scripts_have_loaded_is_not_taken(sign_in: SignIn) -> None:
+    """Nothing would have been asked for: the browser would have loaded the page again."""
+    page = sign_in("olga")
+    page.goto("/inbox")
+    wait_until_live(page)
+    waiting = page.locator("tr:has-text('classifier.2') a[data-open]").get_attribute("href")
+    takes = "button => getComputedStyle(button).pointerEvents"
+    empty = {"body": "", "content_type": "text/javascript"}
+    page.route("**/console/console*.js", lambda route: route.fulfill(**empty))
+    page.goto(waiting or "")
+    assert page.locator("#act-approve").evaluate(takes) == "none"
+    page.unroute_all()
+    page.goto(waiting or "")
+    wait_until_live(page)
+    assert page.locator("#act-approve").evaluate(takes) == "auto"
+
+
 def test_the_run_page_draws_loss_and_layers_and_says_them_in_words(sign_in: SignIn) -> None:
     page = sign_in("vera")
     page.goto("/runs")
