@@ -6,8 +6,12 @@ raise in the script, or average different tensors. An average is found in two wa
 that are made later, because ``copy.deepcopy`` copies the model's hooks.
 
 Not every copy is an average. A copy that was never written to since it was made, such as the best
-model so far or a frozen teacher, and one that an optimizer trains stay as they are. Where another
-model of the same shapes is trained, as one of two critics, an average belongs to the nearer one.
+model so far or a frozen teacher, and one that an optimizer trains stay as they are. So does a model
+that was made apart, as a later member of an ensemble. Where another model of the same shapes is
+trained, as one of two critics, an average belongs to the nearer one.
+
+What stays as it is but is not trained, such as a target network, may load a state of the model
+later: it then gets the grafts of that state, as its load would raise in the script otherwise.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from esper.exceptions import ConfigurationError
 from esper.grafting.copied_parts import CopiedParts
 from esper.grafting.copies import bare_copy, check_copy
 from esper.grafting.kept_by_hand import KeptByHand
+from esper.grafting.loading import build_grafts_of_loaded_states
+from esper.grafting.state_dicts import is_followed
 from esper.grafting.tensor_forms import shape_of
 from esper.grafting.versions import writes_to
 
@@ -183,11 +189,15 @@ class Copies(Sequence[Any]):
             for found, averaged in alike.items()
             if not any(found is rival for rival in rivals)
             and (averaged or _was_written(found))
+            and (averaged or found in self._own or _is_near(found, model))
             and (found in self._own or _is_nearest(found, model, rivals))
         )
         for found in fresh:
             self._followers.append(weakref.ref(found))
             del self._seen[found]
+        for found in alike:
+            if found in self._seen and not is_followed(found) and not _is_trained(found):
+                build_grafts_of_loaded_states(found)
         return fresh
 
     def reason_for_policy(self) -> str:
@@ -282,6 +292,22 @@ def _is_a_key(parameter: Tensor) -> bool:
         isinstance(holder, dict) and any(key is parameter for key in holder)
         for holder in gc.get_referrers(parameter)
     )
+
+
+@torch.no_grad()
+def _is_near(found: nn.Module, model: nn.Module) -> bool:
+    """Nearer to the model than zeros are, as two models that were made apart are not.
+
+    Vectors do not count: the gains of norms begin alike in every model.
+    """
+    apart = of_found = of_model = 0.0
+    for one, other in zip(found.parameters(), model.parameters(), strict=True):
+        if len(shape_of(one) or ()) > 1:
+            ours = other.float().to(one.device)
+            apart += float((one.float() - ours).square().sum())
+            of_found += float(one.float().square().sum())
+            of_model += float(ours.square().sum())
+    return not apart or apart < max(of_found, of_model)
 
 
 def _is_nearest(found: nn.Module, model: nn.Module, rivals: Sequence[nn.Module]) -> bool:

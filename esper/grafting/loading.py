@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,13 +69,20 @@ def load_state_dict(
 def build_grafts_of_loaded_states(model: nn.Module) -> LoadHooks:
     """Until it is closed, ``model.load_state_dict`` builds the grafts of the state that it loads.
 
-    For a model that nothing trains; a session does this for the one that it watches.
+    For a model that nothing trains; a session does this for the one that it watches. The hooks do
+    not keep the model alive.
     """
+    living = weakref.ref(model)
 
     def before(state: dict[str, Any], prefix: str) -> None:
-        _adopt(model, compare(model, state, prefix), Surroundings())
+        if (model := living()) is not None:
+            _adopt(model, compare(model, state, prefix), Surroundings())
 
-    return LoadHooks(model, before, lambda: follow_whole_states(model))
+    def after() -> None:
+        if (model := living()) is not None:
+            follow_whole_states(model)
+
+    return LoadHooks(model, before, after)
 
 
 def _adopt(

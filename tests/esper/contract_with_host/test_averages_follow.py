@@ -182,6 +182,55 @@ def test_an_average_of_another_model_of_the_same_class_stays_with_it(average: st
     run.session.close()
 
 
+def test_models_that_are_trained_later_stay_as_they_are() -> None:
+    """As the members of an ensemble, which are made at once and trained one after the other."""
+    torch.manual_seed(3)
+    model, later = (MODELS["mlp"]() for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    session = esper.attach(model, optimizer, verbose=False)
+    for seed in range(3):
+        logits_of(model, batch_of("mlp", seed)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.step()
+    session.graft("0", "mlp_gelu_2048")
+
+    assert not any(True for _ in slots(later))
+    assert not [f for f in session.findings() if "running average" in f.observed]
+    session.close()
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_a_target_network_loads_the_model_after_its_first_graft(made: str) -> None:
+    """As in Q-learning, which loads it every thousand steps: nothing has written to it before."""
+    model = MODELS["mlp"]()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    target = copy.deepcopy(model).eval()
+    session = esper.attach(model, optimizer, verbose=False)
+    target = target if made == "before" else copy.deepcopy(model).eval()
+
+    def train() -> None:
+        logits_of(model, batch_of("mlp", 0)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.step()
+
+    for _ in range(3):
+        train()
+    receipt = session.graft("0", "mlp_gelu_2048")
+    untouched = list(target.state_dict())
+    assert not [name for name in untouched if "esper" in name]
+    train()
+    target.load_state_dict(model.state_dict())
+    assert torch.equal(computed(target, "mlp"), computed(model, "mlp"))
+
+    session.undo(receipt)
+    target.load_state_dict(model.state_dict())
+    assert list(target.state_dict()) == untouched
+    assert torch.equal(computed(target, "mlp"), computed(model, "mlp"))
+    session.close()
+
+
 def test_a_dropped_average_is_not_kept_alive() -> None:
     run = Averaged("mlp", "AveragedModel", "before")
     receipt = run.graft("0", "proj_lora_64")
