@@ -73,11 +73,17 @@ def pack(entries: list[dict[str, Any]]) -> Tensor:
 
     A script may average the states of the model and of its copy tensor by tensor, so the tensors
     must have one length: the state of a graft's schedule, which has a tensor of its own, is left
-    out.
+    out. So is the measured time, which differs from rank to rank: of a state that all ranks hold, a
+    distributed checkpoint writes one rank's, and each rank must be able to read it.
     """
-    fixed = [{name: v for name, v in entry.items() if name != "alpha"} for entry in entries]
+    fixed = [_fixed(entry) for entry in entries]
     text = json.dumps(fixed).encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).float()
+
+
+def _fixed(entry: dict[str, Any]) -> dict[str, Any]:
+    certificate = {**entry["certificate"], "latency_ms": "nan"}
+    return {**{name: v for name, v in entry.items() if name != "alpha"}, "certificate": certificate}
 
 
 def unpack(packed: Any) -> list[dict[str, Any]]:

@@ -478,7 +478,8 @@ class Surgery:
             if entry.receipt is not None:
                 entry.receipt.notice_gone()
         report = UndoReceipt(hard=False, exact=False, pause_ms=0.0)
-        self._reports.removed(gone, report, "taken out by another session or by its receipt")
+        reason = "receipt.undo() was called, or another session took it out"
+        self._reports.removed(gone, report, reason)
         self._reports.taken_out(gone, report, self._run.step, RemedyKind.UNDO, meant=gone[0])
         self._follow_up(restored=True)
 

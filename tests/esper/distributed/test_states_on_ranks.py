@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from tests.esper.distributed.rank_pool import RankPool
 from tests.esper.distributed.tiny_replica import graft, replica
@@ -50,6 +53,32 @@ def _test_on_one_rank(rank: int) -> dict[str, Any]:
         if rank == 0:
             side.model.load_state_dict(older)
         return {"keys": len(side.model.state_dict())}
+
+
+def _save_for_all(rank: int, folder: str) -> bool:
+    """As each rank holds the same, torch writes that of one, and all read it."""
+    with replica(rank) as side:
+        side.run(2)
+        measured = (0.5, 0.0625)[rank]
+        with patch("esper.grafting.certify._latency_ms", lambda *_: measured):
+            receipt = graft(side)
+        assert receipt.certificate.latency_ms == measured
+        side.run(2)
+        saved = copy.deepcopy(side.bare.state_dict())
+        dcp.save({"model": saved}, checkpoint_id=folder)
+        side.run(2)
+        state = {"model": side.bare.state_dict()}
+        dcp.load(state, checkpoint_id=folder)
+        side.bare.load_state_dict(state["model"])
+        now = side.bare.state_dict()
+        own = ("running_mean", "running_var")  # each rank has those of its own batches
+        return all(torch.equal(now[k], v) for k, v in saved.items() if not k.endswith(own))
+
+
+def test_a_distributed_checkpoint_of_a_graft_is_read_on_all_ranks(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    assert two_ranks.run(_save_for_all, str(tmp_path)) == [True, True]
 
 
 def test_each_rank_follows_the_state_that_it_loads(two_ranks: RankPool) -> None:
