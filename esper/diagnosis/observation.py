@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,8 +198,7 @@ class GradientRow:
     rate: float = math.nan
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateSettings:
+class UpdateSettings(NamedTuple):
     """What the optimizers were set to in an update, remedies included.
 
     Attributes:
@@ -240,7 +240,7 @@ class Gradients:
     moved: float = math.nan
     rate: float = math.nan
     updates: int = 0
-    settings: UpdateSettings = UpdateSettings()
+    settings: UpdateSettings = field(default_factory=UpdateSettings)
 
     @cached_property
     def change(self) -> float:

@@ -272,6 +272,8 @@ class Recorder:
     def symmetric(self) -> tuple[str, ...]:
         """Tensors that started like others and still are; see :func:`still_symmetric`."""
         suspects = [t for t in self.tensors if t.twin or t.equal_rows >= EQUAL_ROWS]
+        if not suspects:  # the rest walks through the model
+            return ()
         if any(t.twin for t in suspects):
             # A target or an average starts as a copy, and no optimizer trains it.
             held = {id(p) for optimizer in self._optimizers for p in parameters_of(optimizer)}

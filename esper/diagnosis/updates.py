@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import astuple, replace
 from typing import Any
 
 import torch
 
 from esper.diagnosis.observation import UpdateSettings
-from esper.grafting.optimizers import unwrap_optimizer
+from esper.grafting.optimizers import is_torchs_own, unwrap_optimizer
 from esper.health.transfers import is_late
 
 # Median over the matrices of healthy runs of the benchmark, seeds 0 to 9: the first update of Adam
@@ -76,10 +75,7 @@ def estimates_rate(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
 
 def may_warm_up(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
     """One is not torch's own, so it may warm up by itself, from a rate of zero."""
-    return not all(
-        type(unwrap_optimizer(optimizer)).__module__.startswith("torch.optim.")
-        for optimizer in optimizers
-    )
+    return not all(is_torchs_own(unwrap_optimizer(optimizer)) for optimizer in optimizers)
 
 
 def follows_gradient(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
@@ -91,7 +87,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> UpdateSettings:
     """Inside its step; nothing of an optimizer that is not torch's own."""
     own = unwrap_optimizer(optimizer)
     found = UpdateSettings()
-    if type(own).__module__.startswith("torch.optim."):
+    if is_torchs_own(own):
         for group in own.param_groups:
             found = strongest(found, _settings_of_group(own, group))
     return found
@@ -99,7 +95,7 @@ def settings_of(optimizer: torch.optim.Optimizer) -> UpdateSettings:
 
 def strongest(one: UpdateSettings, other: UpdateSettings) -> UpdateSettings:
     """The larger value of each."""
-    return UpdateSettings(*map(max, astuple(one), astuple(other)))
+    return UpdateSettings(*map(max, one, other))
 
 
 def _settings_of_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> UpdateSettings:
@@ -110,8 +106,8 @@ def _settings_of_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) 
         return UpdateSettings(rate * decay * kept / (1.0 - min(momentum, 0.999)), 0.0, momentum)
     found = UpdateSettings(first_beta=_first_beta(group), eps=_known(group.get("eps")))
     if type(optimizer).__name__ in OF_THE_WEIGHTS or group.get("decoupled_weight_decay"):
-        return replace(found, decay=rate * decay)
-    return replace(found, decay_in_gradient=decay)
+        return found._replace(decay=rate * decay)
+    return found._replace(decay_in_gradient=decay)
 
 
 def _first_beta(group: dict[str, Any]) -> float:

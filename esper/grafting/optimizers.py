@@ -21,6 +21,8 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     Raises:
         TypeError: there is none.
     """
+    if isinstance(optimizer, torch.optim.Optimizer) and is_torchs_own(optimizer):
+        return optimizer  # that of most runs, which ask for it many times
     inner = optimizer
     while (wrapped := _wrapped_by(inner)) is not None:
         inner = wrapped
@@ -55,6 +57,11 @@ def optimizer_of(optimizers: Sequence[Any], host: nn.Module) -> torch.optim.Opti
     own = {id(parameter) for parameter in host.parameters()}
     training = (o for o in inner if any(id(p) in own for p in parameters_of(o)))
     return next(training, inner[0] if inner else None)
+
+
+def is_torchs_own(optimizer: torch.optim.Optimizer) -> bool:
+    """Of a class of torch itself, which makes its steps and wraps no other optimizer."""
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -196,7 +196,7 @@ def spread_sample(tensor: Tensor, most: int) -> Tensor:
     a corner of all images, which is always zero: its weights have no gradient, and never move.
     """
     flat = tensor.reshape(-1)
-    step, columns = max(1, len(flat) // most), math.prod(tensor.shape[1:])
+    step, columns = max(1, flat.numel() // most), math.prod(tensor.shape[1:])
     while math.gcd(step, columns) > 1:
         step += 1
     return flat[::step][:most]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import esper
 from esper.diagnosis import recorder
+from esper.grafting import optimizers
 from esper.sdk import idle_steps
 from esper.sdk.run_state import LOSSES_KEPT
 
@@ -92,3 +94,29 @@ def test_a_look_asks_for_no_loss_by_itself(
 
     assert len(run.losses) == LOSSES_KEPT
     assert made[0] < LOSSES_KEPT
+
+
+def test_a_look_does_not_ask_for_what_is_in_an_optimizer_for_each_reading(
+    observed: tuple[Any, Callable[[int], None]],
+) -> None:
+    """torch's own optimizers wrap none; to search one for each kept reading was a third of it."""
+    session, train = observed
+    train(1_000)
+    watch = session._parts.diagnosis
+    with calls(optimizers.__file__) as made:
+        watch._check(every_step_only=False)
+
+    assert len(watch.recorder.gradients) > 10
+    assert made[0] <= 6 * len(watch.recorder.gradients)
+
+
+def test_a_reading_of_the_gradients_copies_no_settings_deeply(
+    observed: tuple[Any, Callable[[int], None]],
+) -> None:
+    session, train = observed
+    train(1)
+    watch = session._parts.diagnosis
+    with calls(dataclasses.__file__) as copied:
+        watch.recorder._gradient.read(watch.optimizers[0])
+
+    assert copied[0] == 0
