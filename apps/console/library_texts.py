@@ -11,6 +11,68 @@ from django.utils.translation import gettext_noop as _
 
 RULES = (
     _(
+        "the rows of a batch differ by %(spread)s of the input's size, the root mean square "
+        "of which is %(size)s"
+    ),
+    _("the model's input is exactly zero"),
+    _("Look at what is loaded: a type, a scale or a mean that does not fit the data."),
+    _("Subtract each feature's own mean, and divide by its own standard deviation."),
+    _(
+        "each update has %(count)s backward passes, and uses the gradient of the last one "
+        "alone: zero_grad() has cleared the other %(others)s"
+    ),
+    _("the sum of all of them"),
+    _("Call optimizer.zero_grad() after optimizer.step(), not before each backward()."),
+    _("%(share)s of the sampled targets are class %(number)s"),
+    _(
+        "%(share)s of the sampled targets are class %(number)s, and the model answers it to "
+        "every input"
+    ),
+    _("less than %(share)s of one class, or other answers"),
+    _(
+        "Judge by the recall of the rare classes, not by accuracy. Weight them in the loss, "
+        "draw them more often, or ignore padding with ignore_index."
+    ),
+    _(
+        "the first loss was %(whole)s, the cross-entropy of its outputs %(own)s; at step "
+        "%(step)s that is %(now)s, and that of guessing %(chance)s"
+    ),
+    _("a cross-entropy that falls below that of guessing"),
+    _(
+        "Look at the other terms of the loss, such as a penalty on the weights, and give them "
+        "a smaller factor: weight decay of 1e-4 is usual."
+    ),
+    _(
+        "%(one)s and %(other)s read the same and return values of %(size)s in size, and "
+        "%(behind)s behind them reads %(noise)s: noise, and nothing of the input"
+    ),
+    _("at least %(limit)s of one of them"),
+    _(
+        "Give the divergence (KL) a smaller factor, or raise that factor slowly. Sum the "
+        "error of the reconstruction over its elements: a mean makes it small beside the "
+        "divergence."
+    ),
+    _("the targets are the tokens of the model's input at the same places"),
+    _("the targets are the tokens of the model's input two places later: shifted twice"),
+    _("the next tokens, where a model predicts them"),
+    _(
+        "If the model predicts the next token: give it tokens[:, :-1], with tokens[:, 1:] as "
+        "targets. Models that shift the labels by themselves, as those of transformers do, "
+        "take labels that are equal to the input."
+    ),
+    _(
+        "the loss is the probability of the right class without its minus sign, so that "
+        "training lowers that probability"
+    ),
+    _("the loss is cross-entropy with a minus sign, so that training raises the error"),
+    _("the loss is the probability of the right class, so that training lowers it"),
+    _("Use cross_entropy of the raw outputs (logits), without a softmax and without a sign."),
+    _(
+        "the loss is the negative probability of the right class, as nll_loss of a softmax "
+        "gives it: where that probability is small, it has next to no gradient"
+    ),
+    _("Use cross_entropy of the raw outputs (logits), or nll_loss of log_softmax."),
+    _(
         "the first beta is %(beta)s, and the second is smaller: the direction of an update is a "
         "mean over %(count)s gradients"
     ),

@@ -152,6 +152,11 @@ LABELS: dict[str, frozenset[str]] = {
     "clipped_to_nothing": frozenset({"optimizer"}),
     "softmax_over_batch": frozenset({"activation"}),
     "targets_far": frozenset({"preprocessing"}),
+    "targets_shifted": frozenset({"preprocessing"}),
+    "accumulation_cleared": frozenset({"optimizer"}),
+    "imbalanced_classes": frozenset({"preprocessing"}),
+    "penalty_outweighs": frozenset({"loss", "regularisation"}),
+    "posterior_collapse": frozenset({"loss"}),
 }
 
 

@@ -25,6 +25,7 @@ NO_LOSSES: Doubles = np.zeros(0)
 NO_STEPS: Steps = np.zeros(0, dtype=np.int64)
 
 
+SQUARES = 0.01  # distance of their weights from those of a mean
 CAME_TRAINED = 0.5  # of the loss of guessing
 
 
@@ -38,6 +39,8 @@ class LossKind(StrEnum):
     CROSS_ENTROPY = "cross_entropy"  # softmax and negative log-likelihood
     TWO_SOFTMAXES = "cross_entropy of a softmax"
     LIKELIHOOD = "nll_loss"  # the negative output at the target
+    PROBABILITY = "nll_loss of a softmax"  # the negative probability of the target
+    OVER_ROWS = "nll_loss of a softmax over the rows"  # of the batch
     BINARY = "binary_cross_entropy"  # of probabilities
     BINARY_LOGITS = "binary_cross_entropy_with_logits"
     SQUARED = "mse_loss"  # with targets that are integers; others look like any other loss
@@ -132,7 +135,7 @@ class ModelPass:
         log_sum_near_zero: the rows of the output are log-probabilities.
         loss_kind: as the gradient at the output shows it.
         loss_scale: the weight of one row in the loss, times the number of rows: 1 for a mean; below
-            0 for a likelihood without its minus sign.
+            0 for a loss of classes with the wrong sign.
         target_low, target_high: smallest and largest sampled target, of cross-entropy the number of
             the class; NaN unknown. Of a loss of an unknown kind: what they are if it is a mean
             squared error.
@@ -140,6 +143,12 @@ class ModelPass:
             the output was read.
         targets_averaged: the gradient of a mean squared error says that all rows have the same
             target, which is no integer: the mean of the true ones.
+        cross_entropy: mean of the sampled rows, where that is the loss.
+        target_class, target_share: of cross-entropy the most frequent class of the sampled rows,
+            and its share; -1 and NaN unknown.
+        answered_share: share of the rows for which the model's answer is that class.
+        lag: of a model of sequences of tokens, the targets are the model's own input so many places
+            later, in all sampled rows; -1: they are not, or nobody knows.
         layers: in the order of execution.
     """
 
@@ -160,6 +169,11 @@ class ModelPass:
     target_low: float = math.nan
     target_high: float = math.nan
     targets_averaged: bool = False
+    cross_entropy: float = math.nan
+    target_class: int = -1
+    target_share: float = math.nan
+    answered_share: float = math.nan
+    lag: int = -1
     gradient_square: float = math.nan
 
     @property
@@ -256,10 +270,13 @@ class Zeroing:
     Attributes:
         carried: one for each update: True where the old gradient was there in all of them.
         backwards: backward passes of each of these updates.
+        cleared: one for each: each of its several backward passes began at a gradient of zero, and
+            the update used the gradient of the last one alone.
     """
 
     carried: tuple[bool, ...] = ()
     backwards: tuple[int, ...] = ()
+    cleared: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +419,12 @@ class Observation:
             raise Unknown("the loss and its whole gradient of one step are not known")
         loss = float(self.losses[found[0]])
         return math.prod(seen.output_shape) * square / (4.0 * loss) if loss else math.nan
+
+    @property
+    def is_squared(self) -> bool:
+        """Two losses are the mean of the squares that their gradients show. Raises ``Unknown``."""
+        weights = [self.squares_in_loss(seen) for seen in self.passes[:2]]
+        return len(weights) == 2 and all(abs(weight - 1) < SQUARES for weight in weights)
 
     @property
     def first_pass(self) -> ModelPass:

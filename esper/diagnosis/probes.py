@@ -40,12 +40,17 @@ EQUAL_ROWS = 0.5
 ALIKE = 0.05  # relative distance
 CLOSE = 1e-3
 FEW = 64  # elements of a tensor
+TOKENS = 1024  # of a model's input
+LAGS = (1, 0, 2)  # the right one first
+COMPARED, DIFFERENT = 32, 8  # rows, and the tokens among them, that no chance makes equal
 SOME = 8  # rows
 LARGEST_TARGET = 1e5  # float32 has no room for decimals of much larger numbers
+ROUND = 0.05  # of a target that somebody chose
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
 EXTREME = 0.99
 INITIALISED_ALIKE = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 FEWEST_OF_UNIFORM, MOST_OF_UNIFORM = 64, 2048  # elements
+FEWEST_OF_NORMAL = 512
 UNIFORM = 2.0  # / sqrt(elements): Kolmogorov and Smirnov's distance, which 0.1 % exceed by chance
 BEYOND = 1.005  # of the limit; rounding of bfloat16
 TABLES = ("Embedding", "EmbeddingBag")  # rows that a batch does not use have no gradient
@@ -181,13 +186,21 @@ def _tensor_facts(
 def _is_untrained(sample: Tensor, shape: Sequence[int], kind: str) -> bool:
     """It is uniform between -1 / sqrt(inputs) and its opposite, as torch's own layers start.
 
-    Training moves some elements beyond the limit, and most of them by different amounts.
+    Training moves some elements beyond the limit, and most of them by different amounts. Tables
+    start normal, with a standard deviation of 1.
     """
+    if kind in TABLES and sample.numel() >= FEWEST_OF_NORMAL:
+        return _is_spread_as(torch.special.ndtr(sample.flatten()))
     if kind not in INITIALISED_ALIKE or len(shape) < 2 or sample.numel() < FEWEST_OF_UNIFORM:
         return False
     share = sample.flatten().abs() * math.sqrt(fan_in(shape, kind))
     if float(share.max()) > BEYOND:
         return False
+    return _is_spread_as(share)
+
+
+def _is_spread_as(share: Tensor) -> bool:
+    """It is uniform between 0 and 1."""
     share = share[:: math.ceil(share.numel() / MOST_OF_UNIFORM)]
     spread = share.sort().values - torch.linspace(
         0, 1, share.numel(), dtype=torch.float32, device="cpu"
@@ -217,6 +230,8 @@ class ForwardProbe:
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._gradient: Tensor | None = None
+        self._tokens: Tensor | None = None
+        self._targets: Tensor | None = None
         self._end = ""
         self._axis: int | None = None
 
@@ -226,7 +241,7 @@ class ForwardProbe:
         self.disarm()
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
         self._linear, self._follows, self._values = {}, {}, {}
-        self._end, self._axis = "", None
+        self._end, self._axis, self._tokens, self._targets = "", None, None, None
         for name, module in layer_modules(self._model).items():
             self._register(name, module, partial(self._see_layer, name))
         if not is_opaque(self._model):
@@ -265,7 +280,10 @@ class ForwardProbe:
         if not armed or (not self._layers and self._output is None):
             return None
         transfer.add("layers", [numbers for _, _, numbers in self._layers.values()])
-        sent = {"input": self._input, "output": self._output, "gradient": self._gradient}
+        sent = {
+            "input": self._input, "output": self._output, "gradient": self._gradient,
+            "tokens": self._tokens, "targets": self._targets,
+        }  # fmt: skip
         forms = {name: tensor.shape for name, tensor in sent.items() if tensor is not None}
         for name in forms:
             transfer.add(name, [tensor.flatten() for tensor in (sent[name],) if tensor is not None])
@@ -312,11 +330,15 @@ class ForwardProbe:
             return
         self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
         self._end, self._axis = end_of(y), softmax_axis_of(y)
+        if x is not None and _are_tokens(x) and y.shape[:-1] == x.shape:
+            self._tokens = x.flatten()[:TOKENS].float()
         y.register_hook(self._closed(self._see_gradient))  # type: ignore[no-untyped-call]
 
     def _see_gradient(self, gradient: Tensor) -> None:
         if self._gradient is None and _readable(gradient):
             self._gradient = rows_of(gradient.detach()).clone()
+            if self._tokens is not None:
+                self._targets = _classes_of(gradient.detach().flatten(0, -2)[:ROWS])
 
 
 def _model_pass(
@@ -351,6 +373,9 @@ def _model_pass(
         seen = replace(seen, input_rms=rms, input_finite=finite)
     if "output" in host:
         seen = _with_output(seen, host["output"], output_shape, host.get("gradient"))
+    if "targets" in host:
+        tokens, targets = host["tokens"].long(), host["targets"].long()
+        seen = replace(seen, lag=_lag_of(tokens, targets, output_shape[:-1]))
     return seen
 
 
@@ -412,6 +437,38 @@ def rows_of(tensor: Tensor) -> Tensor:
     return flat[:, :COLUMNS].detach().float()
 
 
+def _are_tokens(x: Tensor) -> bool:
+    """int [batch, places], or the places first."""
+    return x.ndim == 2 and x.dtype in (torch.int64, torch.int32) and not is_transformed(x)
+
+
+def _classes_of(g_NC: Tensor) -> Tensor:
+    """float [N]: the class with the lowest gradient, the target of cross-entropy; -1: no target."""
+    lowest, classes = g_NC.min(1)
+    return torch.where(lowest < 0, classes, -1).float()
+
+
+def _lag_of(tokens: Tensor, targets: Tensor, form: tuple[int, ...]) -> int:
+    """The targets are the tokens so many places later, along either axis; -1: they are not.
+
+    Args:
+        tokens: int, those of the input [batch, places], flattened, as far as they were sent.
+        targets: int [N], of its first N places; below 0 for a place that the loss ignores.
+        form: of the input.
+    """
+    place = torch.arange(len(targets))
+    for lag in LAGS:
+        for apart, room in ((1, form[1] - place % form[1]), (form[1], form[0] - place // form[1])):
+            later = place + lag * apart
+            compared = (targets >= 0) & (room > lag) & (later < len(tokens))
+            wanted = tokens[later[compared]]
+            if len(wanted) < COMPARED or len(wanted.unique()) < DIFFERENT:
+                continue
+            if bool((targets[compared] == wanted).all()):
+                return lag
+    return -1
+
+
 def _readable(tensor: Tensor) -> bool:
     if is_transformed(tensor):
         return False
@@ -469,7 +526,8 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
     every_row, (y_NC, g_NC) = bool(used.all()), (y_NC[used], g_NC[used])
     if y_NC.shape[1] > 1:
         # Rows that a loss of rewards leaves out have a reward of zero; the others may be punished.
-        if seen.log_sum_near_zero and every_row and len(g_NC) >= SOME and _is_likelihood(-g_NC):
+        normed = seen.log_sum_near_zero or _are_probabilities(y_NC)
+        if normed and every_row and len(g_NC) >= SOME and _is_likelihood(-g_NC):
             return replace(
                 seen, loss_kind=LossKind.LIKELIHOOD, loss_scale=float(-g_NC.max()) * rows
             )
@@ -480,20 +538,29 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
         sums, sizes = g_NC.sum(1).abs(), g_NC.abs().sum(1)
         # A row that is already right has a gradient of rounding errors.
         if bool((sums < CLOSE * sizes + 1e-6 * sizes.max()).all()):
+            for sign in (1.0, -1.0):
+                if (weight := _probability_weight(y_NC, sign * g_NC)) > 0:
+                    kind, scale = LossKind.PROBABILITY, sign * weight * rows
+                    return replace(seen, loss_kind=kind, loss_scale=scale)
             weight = _softmax_weight(y_NC, g_NC)
             targets_NC = torch.softmax(y_NC, 1) - g_NC / weight
             if not _are_distributions(targets_NC):
-                if _are_of_two_softmaxes(y_NC, g_NC):
-                    return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
-                return seen  # of rewards, say, or of rows with weights of their own
+                return _with_other_loss_of_classes(seen, y_NC, g_NC, rows, every_row=every_row)
             classes = targets_NC.argmax(1)
+            top, count = (int(number) for number in _most_frequent(classes))
             return replace(
                 seen,
                 loss_kind=LossKind.CROSS_ENTROPY,
                 loss_scale=weight * rows,
                 target_low=float(classes.min()),
                 target_high=float(classes.max()),
+                cross_entropy=float(_cross_entropy(y_NC, targets_NC)),
+                target_class=top,
+                target_share=count / len(classes),
+                answered_share=float((y_NC.argmax(1) == top).float().mean()),
             )
+        if _is_softmax_over_rows(y_NC, g_NC):
+            return replace(seen, loss_kind=LossKind.OVER_ROWS)
     for kind, targets in _targets(y_NC, g_NC * elements):
         if float(targets.abs().max()) > LARGEST_TARGET:
             continue
@@ -509,11 +576,95 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
     if found := _other_binary(y_NC, g_NC, elements):
         return replace(seen, loss_kind=found[0], loss_scale=found[1], target_low=0, target_high=1)
     wanted = y_NC - g_NC * elements / 2
-    if shape[-1] == 1 and len(y_NC) > 2 and _are_equal(wanted) and not _are_equal(y_NC):
-        return replace(seen, loss_kind=LossKind.SQUARED, loss_scale=1.0, targets_averaged=True)
+    if shape[-1] == 1 and len(y_NC) > 2 and not _are_equal(y_NC):
+        soft = torch.sigmoid(y_NC) - g_NC * elements
+        for kind, averaged in ((LossKind.SQUARED, wanted), (LossKind.BINARY_LOGITS, soft)):
+            if _are_equal(averaged) and not _is_round(float(averaged.mean())):
+                return replace(seen, loss_kind=kind, loss_scale=1.0, targets_averaged=True)
     if math.isnan(seen.gradient_square):
         return seen
     return replace(seen, target_low=float(wanted.min()), target_high=float(wanted.max()))
+
+
+def _with_other_loss_of_classes(
+    seen: ModelPass, y_NC: Tensor, g_NC: Tensor, rows: int, *, every_row: bool
+) -> ModelPass:
+    """The gradient's rows sum to zero, as behind a softmax, and it is no cross-entropy."""
+    if _are_of_two_softmaxes(y_NC, g_NC):
+        return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
+    if not every_row or len(g_NC) < SOME:
+        return seen
+    # Of rewards, say, or of rows with weights of their own, unless all rows have the same weight.
+    weight = _softmax_weight(y_NC, -g_NC)
+    targets_NC = torch.softmax(y_NC, 1) + g_NC / weight
+    whole = (targets_NC - targets_NC.round()).abs() < TARGET_ERROR
+    if _are_distributions(targets_NC) and bool(whole.all()):
+        return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=-weight * rows)
+    return seen
+
+
+def _cross_entropy(y_NC: Tensor, targets_NC: Tensor) -> Tensor:
+    return -(targets_NC * torch.log_softmax(y_NC, 1)).sum(1).mean()
+
+
+def _most_frequent(classes_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(class, how many rows have it)."""
+    found, counts = classes_N.unique(return_counts=True)
+    best = counts.argmax()
+    return found[best], counts[best]
+
+
+def _are_probabilities(y_NC: Tensor) -> bool:
+    return bool((y_NC >= 0).all() and ((y_NC.sum(1) - 1).abs() < CLOSE).all())
+
+
+def _probability_weight(y_NC: Tensor, g_NC: Tensor) -> float:
+    """The weight w of a row in ``-w p[target]`` with p = softmax(y), or NaN for another loss.
+
+    Its gradient is ``w p[t] (p - t)``, lowest at the target. Of two classes it is also that of the
+    other class with the other sign; where all p[t] are equal, it is also that of cross-entropy.
+    """
+    if y_NC.shape[1] < 3 or len(y_NC) < SOME:
+        return math.nan
+    p_NC, target_N1 = torch.softmax(y_NC, 1), g_NC.argmin(1, keepdim=True)
+    p_t_N1 = p_NC.gather(1, target_N1)
+    if p_t_N1.std() < ALIKE * p_t_N1.mean():
+        return math.nan
+    t_NC = torch.zeros_like(p_NC).scatter_(1, target_N1, 1.0)
+    u_NC = p_t_N1 * (p_NC - t_NC)
+    w_N = (u_NC * g_NC).sum(1) / u_NC.square().sum(1).clamp_min(1e-30)
+    w, error_N = w_N.median(), (g_NC - w_N[:, None] * u_NC).norm(dim=1)
+    fits = bool((error_N <= CLOSE * g_NC.norm(dim=1)).all() and ((w_N - w).abs() < 0.01 * w).all())
+    return float(w) if fits and w > 0 else math.nan
+
+
+def _is_softmax_over_rows(y_NC: Tensor, g_NC: Tensor) -> bool:
+    """The gradient is that of nll_loss of a softmax over axis 0, with some target in each row.
+
+    It is ``K[c] exp(y[n, c])`` where c is not the target of row n, and lower by the same w there.
+    Each row of a contrastive loss has a target of its own, and may have its softmax over the rows.
+    """
+    if len(y_NC) < SOME or y_NC.shape[1] < 2:
+        return False
+    e_NC = torch.exp(y_NC - y_NC.amax(0))
+    k_NC = torch.where(g_NC > 0, g_NC / e_NC, math.nan)
+    k_C = k_NC.nanmedian(0).values
+    below_NC = torch.where(k_C.isnan(), -g_NC, k_C * e_NC - g_NC)
+    target_N, w_N = below_NC.argmax(1), below_NC.amax(1)
+    w = float(w_N.median())
+    rest_NC = below_NC.scatter(1, target_N[:, None], 0.0)
+    # A class that no row of the batch has gets no gradient.
+    return bool(
+        w > 0
+        and ((w_N - w).abs() < 0.01 * w).all()
+        and (rest_NC.abs() < CLOSE * w).all()
+        and 1 < len(target_N.unique()) < len(target_N)
+    )
+
+
+def _is_round(number: float) -> bool:
+    """As people choose it, such as 0.9 for the real samples of a GAN; no mean of samples is."""
+    return abs(number / ROUND - round(number / ROUND)) < CLOSE
 
 
 def _are_equal(values_N1: Tensor) -> bool:

@@ -46,6 +46,7 @@ from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
 from esper.grafting.hooks import PassingHook
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
+from esper.health.optimizer_steps import has_numbers
 from esper.health.transfers import HostCopy, HostTransfer, copy_to_host, is_late
 from esper.health.updates import Part, takes_hooks
 
@@ -63,6 +64,7 @@ USUAL_UPDATES = 10  # that show how many forward passes an update has
 WATCHED_EVALUATIONS = 2
 WATCHED_UPDATES = 8  # for which the start of the backward pass is known
 WATCHED_BACKWARDS = 64  # of each of them
+SAME_DIRECTION = 0.9999  # cosine
 _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -355,6 +357,7 @@ class Recorder:
         return True
 
     def _before_update(self, optimizer: torch.optim.Optimizer) -> None:
+        self._start.on_update_begins(optimizer)
         # Read here: after the update a scheduler has set the rate of the next one.
         self._rate = _higher(self._rate, highest_rate([optimizer]))
         if self._due:
@@ -403,20 +406,30 @@ class _Start:
         self._left: list[list[HostCopy | None]] = []
         # For each whole update: the optimizer used the gradient that was there before.
         self._accumulated: list[bool] = []
+        # For each whole update: its gradient is that of the last backward pass alone.
+        self._newest_alone: list[HostCopy | None] = []
+        self._newest: Tensor | None = None  # a few elements of what a backward pass has added
         self._smallest: nn.Parameter | None = None
         self._old = 0  # id of the gradient that the first backward pass found
         self._asked: tuple[list[nn.Parameter], HostTransfer] | None = None
         self._first = True
+        self._in_step = False
         self.done = False
+
+    def on_update_begins(self, optimizer: torch.optim.Optimizer) -> None:
+        """The script has called the optimizer, which may call the model in a closure."""
+        self._in_step = self._in_step or optimizer is self._optimizer
 
     def on_update(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's step is over: the next backward pass is the first of an update."""
         is_other = self._optimizer is not None and self._optimizer is not optimizer
         if self.done or is_other:
             return
+        self._in_step = False
         if self._smallest is not None and len(self._left) > len(self._accumulated):
             # autograd.grad gives the script a new tensor, and adds nothing to the old one.
             self._accumulated.append(id(self._smallest.grad) == self._old)
+            self._newest_alone.append(self._is_newest_alone())
         if self._handle is None:
             self._watch(optimizer)
         elif len(self._left) >= WATCHED_UPDATES:
@@ -432,8 +445,28 @@ class _Start:
             # have left a gradient here before the script cleared it.
             old = all(left is not None and left.number() != 0 for left in starts)
             carried.append(old and accumulated)
-        backwards = tuple(map(len, self._left))
-        return Zeroing(tuple(carried), backwards[: len(carried)])
+        backwards = tuple(map(len, self._left))[: len(carried)]
+        # In a closure the optimizer itself begins anew at each evaluation, as L-BFGS does.
+        cleared = tuple(
+            alone is not None
+            and alone.has_arrived
+            and bool(alone.number())
+            and all(left is None or left.number() == 0 for left in starts)
+            for starts, alone in zip(self._left, self._newest_alone, strict=False)
+        )
+        return Zeroing(tuple(carried), backwards, cleared[: len(carried)])
+
+    def _is_newest_alone(self) -> HostCopy | None:
+        """Clipping may have scaled it; None: there was one backward pass, or no gradient."""
+        newest, self._newest = self._newest, None
+        used = None if self._smallest is None else gradient_values(self._smallest)
+        if newest is None or used is None or used.numel() < newest.numel():
+            return None
+        used = used.detach().reshape(-1)[: newest.numel()].to(newest.dtype)
+        if newest.numel() < 2:
+            return None  # two numbers always have one direction
+        alike = torch.nn.functional.cosine_similarity(used.float(), newest.float(), dim=0)
+        return copy_to_host(alike > SAME_DIRECTION)
 
     def close(self) -> None:
         self.done = True
@@ -457,11 +490,14 @@ class _Start:
         self._optimizer, parameter = optimizer, alive[0]
         self._smallest = parameter
 
-        def before_accumulation(_: Tensor) -> None:
+        def before_accumulation(added: Tensor) -> None:
+            self._newest = None
             if self._first:
                 self._first = False
                 self._left.append([])
                 self._old = id(parameter.grad)
+            elif not self._in_step and has_numbers(added):
+                self._newest = added.detach().reshape(-1)[:64].clone()
             if not self._left or len(self._left[-1]) >= WATCHED_BACKWARDS:
                 return
             left = gradient_values(parameter)

@@ -4,12 +4,15 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.observation import LayerPass, Observation, Unknown
 
 LARGE = 10.0
 FITS = 3.0
 FAR = 100.0
 GREW = 3.0
+ALIKE, PASSES = 0.01, 2
+UNLEARNED = 0.9
+RECURRENT = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
 
 
@@ -18,7 +21,10 @@ class AbnormalData(Rule):
 
     slug = "abnormal_data"
     title = "Abnormal data"
-    symptom = "The inputs of the model are not finite, or ten times larger than usual."
+    symptom = (
+        "The inputs of the model are not finite, ten times larger than usual, all zero, or nearly "
+        "the same in all rows."
+    )
     thresholds = (
         Threshold(
             "root mean square of the input", LARGE, "units of the data", "AutoTrainer (TDSC'24)"
@@ -30,6 +36,13 @@ class AbnormalData(Rule):
         Threshold(
             "std of the first layer's output", FITS, "units", "below it the weights fit the data"
         ),
+        Threshold(
+            f"spread of the rows, in {PASSES} batches",
+            ALIKE,
+            "share of the input's size",
+            "chosen: data of a standard deviation of 1 has a mean of 100 then",
+        ),
+        Threshold("loss / first loss, else that is info", UNLEARNED, "ratio", "chosen"),
     )
     severity = Severity.CAUTION
     false_alarm = (
@@ -55,10 +68,10 @@ class AbnormalData(Rule):
         if seen.layers and seen.layers[0].kind.startswith(NORMS):
             return None
         if seen.input_rms < LARGE:
-            return None
-        if seen.layers and seen.layers[0].output_std < FITS:
+            return _alike(observation)
+        if seen.layers and _fits(seen.layers[0]):
             memory.notes["fitted"] = seen.input_rms
-            return None  # its weights are small accordingly
+            return None
         if seen.input_rms < GREW * memory.notes.get("fitted", 0.0):
             return None  # the weights have grown since, as they learn
         return Evidence(
@@ -70,3 +83,47 @@ class AbnormalData(Rule):
             since_step=1,
             severity=Severity.SERIOUS if seen.input_rms >= FAR else None,
         )
+
+
+def _fits(first: LayerPass) -> bool:
+    """Its weights are small accordingly; what a recurrent layer returns is squashed anyway."""
+    return first.output_std < FITS and first.kind not in RECURRENT
+
+
+def _alike(observation: Observation) -> Evidence | None:
+    """Nothing, or next to nothing, tells one input from another."""
+    newest = observation.passes[-PASSES:]
+    if len(newest) < PASSES or not all(seen.layers for seen in newest):
+        return None
+    spreads = [seen.layers[0].input_spread for seen in newest]
+    empty = all(seen.input_rms == 0 for seen in newest)
+    # Rows that are exactly alike may be meant: a model of one distribution has no other input.
+    if not empty and not all(0 < spread < ALIKE for spread in spreads):
+        return None
+    observed = (
+        "the model's input is exactly zero"
+        if empty
+        else f"the rows of a batch differ by {spreads[-1]:.1g} of the input's size, the root mean "
+        f"square of which is {newest[-1].input_rms:.3g}"
+    )
+    return Evidence(
+        observed=observed,
+        limit=f"at least {ALIKE:g}",
+        signal="input",
+        value=0.0 if empty else spreads[-1],
+        began_at=newest[-1].layers[0].layer,
+        since_step=newest[0].step,
+        severity=Severity.INFO if _learns(observation) else None,
+        advice="Look at what is loaded: a type, a scale or a mean that does not fit the data."
+        if empty
+        else "Subtract each feature's own mean, and divide by its own standard deviation.",
+        only_tell=True,  # no scale of the weights takes out what all rows have in common
+    )
+
+
+def _learns(observation: Observation) -> bool:
+    """As long as nobody knows, too."""
+    try:
+        return observation.learned_share < UNLEARNED
+    except Unknown:
+        return True

@@ -209,6 +209,8 @@ def _gain(gains: dict[str, float]) -> Evidence | None:
 
 def _loss(seen: ModelPass, first: float) -> Evidence | None:
     chance = seen.guessing_loss
+    if not math.isnan(seen.cross_entropy):
+        first = min(first, seen.cross_entropy)  # without a penalty that is added to it
     if math.isnan(chance) or first < ABOVE_CHANCE * chance:
         return None
     return Evidence(

@@ -12,6 +12,7 @@ JUMP = 3.0
 RISE = 1.3
 BACK = 1.1
 NOISE = 4.0
+LEARNED = 0.7
 FORGOTTEN = 1_000
 FORGOTTEN_OPEN = 10_000
 LEVEL_LOSSES, FEWEST_LOSSES = 50, 20
@@ -28,6 +29,12 @@ class RateJump(Rule):
         Threshold("rate / highest rate before", JUMP, "ratio", "chosen on 0 to 9"),
         Threshold("loss / level before the jump", RISE, "ratio", "chosen on 0 to 9"),
         Threshold("rise of the loss", NOISE, "standard deviations", "chosen on 0 to 9"),
+        Threshold(
+            "level before the jump / loss of guessing",
+            LEARNED,
+            "ratio",
+            "chosen: what was learned is lost where the loss is above that of guessing",
+        ),
         Threshold("loss / level, to resolve", BACK, "ratio", "chosen"),
         Threshold("a jump so long ago opens nothing", FORGOTTEN, "steps", "chosen"),
         Threshold("after these the new level is the usual one", FORGOTTEN_OPEN, "steps", "chosen"),
@@ -49,6 +56,8 @@ class RateJump(Rule):
         level, spread = jump["level"], jump["spread"]
         ratio = BACK if memory.is_open else RISE
         limit = level + max(NOISE * spread, (ratio - 1.0) * abs(level))
+        if not memory.is_open:
+            limit = min(limit, _lost(observation, level))
         # A person may need minutes to answer, in which a small model makes thousands of steps.
         patience = FORGOTTEN_OPEN if memory.is_open else FORGOTTEN
         over = observation.step > jump["seen"] + patience
@@ -96,3 +105,9 @@ class RateJump(Rule):
             "level": level,
             "spread": 1.4826 * float(np.median(np.abs(usual - level))),
         }
+
+
+def _lost(observation: Observation, level: float) -> float:
+    """The loss of guessing, for a run that was better; infinity for others."""
+    chance = observation.passes[0].guessing_loss if observation.passes else math.nan
+    return chance if level < LEARNED * chance else math.inf

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import math
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.observation import LossKind, Observation, Unknown
 
 
 class SoftmaxOverBatch(Rule):
-    """The softmax at the end of the model is over the rows of the batch, not over the classes."""
+    """A softmax, of the model or in the loss, is over the rows of the batch, not over classes."""
 
     slug = "softmax_over_batch"
     title = "Softmax over the batch"
-    symptom = "The model ends with a softmax over the first axis, so each answer depends on others."
+    symptom = "A softmax behind the model is over the first axis, so each answer depends on others."
     thresholds = (
         Threshold("axis of the softmax", 0, "of an output of two axes", "by definition"),
+        Threshold("rows of the same target, of a loss", 2, "and more", "each is one in a contrast"),
         Threshold("columns of the output", 2, "and more", "one is a weight for each row, as meant"),
     )
     severity = Severity.SERIOUS
@@ -24,9 +27,11 @@ class SoftmaxOverBatch(Rule):
         seen = observation.last_pass
         if not seen.output_shape:
             raise Unknown("the model's output was not read")
-        if seen.softmax_axis != 0 or len(seen.output_shape) != 2 or min(seen.output_shape) < 2:
+        at_end = seen.softmax_axis == 0 and len(seen.output_shape) == 2
+        in_loss = observation.first_pass.loss_kind is LossKind.OVER_ROWS
+        if min(seen.output_shape) < 2 or not (at_end or in_loss):
             return None
-        rows, columns = seen.output_shape
+        rows, columns = math.prod(seen.output_shape[:-1]), seen.output_shape[-1]
         return Evidence(
             observed=f"the softmax of an output of {rows} x {columns} is over its {rows} rows",
             limit=f"a softmax over the {columns} columns",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+from esper.diagnosis.observation import CAME_TRAINED, LossKind, ModelPass, Observation, Unknown
 
 SAME_LOSSES = 3
 EXACT = 0.01
@@ -22,6 +22,12 @@ class WrongLoss(Rule):
     thresholds = (
         Threshold("smallest loss", 0, "units of the loss", "AutoTrainer (TDSC'24)"),
         Threshold("targets of a binary loss", 1, "largest", "by definition"),
+        Threshold(
+            "first loss / that of guessing, of a minus sign",
+            CAME_TRAINED,
+            "ratio",
+            "chosen: who makes a trained model forget begins below it",
+        ),
         Threshold("equal losses without a gradient", SAME_LOSSES, "steps", "none by chance"),
         Threshold("largest whole number that looks like a class", MOST_CLASSES, "class", "chosen"),
     )
@@ -30,7 +36,7 @@ class WrongLoss(Rule):
     advice = "Use the loss that fits the outputs: cross_entropy for classes, mse_loss for numbers."
     remedies = (RemedySlug.TELL,)
     closes_after = 1
-    explained_by = frozenset({"wrong_output_activation"})
+    explained_by = frozenset({"wrong_output_activation", "softmax_over_batch"})
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         seen = observation.first_pass  # later, saturated outputs hide which loss it is
@@ -42,6 +48,7 @@ class WrongLoss(Rule):
             raise Unknown("the loss is not one that its gradient shows")
         return (
             _likelihood(seen)
+            or _classes(observation, seen)
             or _binary(seen)
             or _average(seen)
             or _class_numbers(seen)
@@ -53,8 +60,9 @@ def _likelihood(seen: ModelPass) -> Evidence | None:
     if seen.loss_kind is not LossKind.LIKELIHOOD:
         return None
     if seen.loss_scale < 0:
+        of_class = "log-probability" if seen.log_sum_near_zero else "probability"
         return _evidence(
-            "the loss is the log-probability of the right class without its minus sign, so that "
+            f"the loss is the {of_class} of the right class without its minus sign, so that "
             "training lowers that probability",
             "Use nll_loss, or put a minus sign before the loss.",
         )
@@ -66,8 +74,38 @@ def _likelihood(seen: ModelPass) -> Evidence | None:
     )
 
 
+def _classes(observation: Observation, seen: ModelPass) -> Evidence | None:
+    """The sign of a loss of classes, or a softmax where its logarithm belongs."""
+    first = observation.first_training_loss
+    if seen.loss_kind is LossKind.CROSS_ENTROPY and seen.loss_scale < 0:
+        # Who makes a trained model forget begins near zero.
+        if not first < -CAME_TRAINED * math.log(max(2, seen.classes)):
+            return None
+        return _evidence(
+            "the loss is cross-entropy with a minus sign, so that training raises the error",
+            "Remove the minus sign before the loss.",
+        )
+    if seen.loss_kind is not LossKind.PROBABILITY or first * seen.loss_scale > 0:
+        return None
+    if seen.loss_scale < 0:
+        return _evidence(
+            "the loss is the probability of the right class, so that training lowers it",
+            "Use cross_entropy of the raw outputs (logits), without a softmax and without a sign.",
+        )
+    return replace(
+        _evidence(
+            "the loss is the negative probability of the right class, as nll_loss of a softmax "
+            "gives it: where that probability is small, it has next to no gradient",
+            "Use cross_entropy of the raw outputs (logits), or nll_loss of log_softmax.",
+        ),
+        severity=Severity.CAUTION,
+    )
+
+
 def _binary(seen: ModelPass) -> Evidence | None:
-    if seen.loss_kind not in BINARY or (seen.target_low >= 0 and seen.target_high <= 1):
+    if seen.loss_kind not in BINARY or seen.targets_averaged:
+        return None
+    if seen.target_low >= 0 and seen.target_high <= 1:
         return None
     return _evidence(
         f"{seen.loss_kind} has targets from {seen.target_low:g} to {seen.target_high:g}",

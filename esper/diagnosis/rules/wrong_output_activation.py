@@ -7,7 +7,6 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
 
 NEAR = 1e-3
-SQUARES = 0.01  # distance of their weights from those of a mean
 SLACK = 0.01
 # function that ends the model -> (smallest output, largest output)
 RANGES = {
@@ -49,15 +48,9 @@ class WrongOutputActivation(Rule):
         constant = seen.classes == 1 and seen.output_low == seen.output_high == 1.0
         if constant and end == "Softmax":
             return _evidence("a softmax over one output is 1 for every input", "Use a sigmoid.")
-        if seen.loss_kind is LossKind.UNKNOWN and not _is_squared(observation):
+        if seen.loss_kind is LossKind.UNKNOWN and not observation.is_squared:
             raise Unknown("the loss is not one that its gradient shows")
         return _twice(seen, end) or _out_of_range(seen, end)
-
-
-def _is_squared(observation: Observation) -> bool:
-    """Two losses are the mean of the squares that their gradients show."""
-    weights = [observation.squares_in_loss(seen) for seen in observation.passes[:2]]
-    return len(weights) == 2 and all(abs(weight - 1) < SQUARES for weight in weights)
 
 
 def _twice(seen: ModelPass, end: str) -> Evidence | None:

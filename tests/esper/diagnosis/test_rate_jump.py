@@ -7,6 +7,7 @@ import pytest
 
 from esper.diagnosis import Observation
 from esper.diagnosis.base import Evidence, Memory
+from esper.diagnosis.observation import LossKind, ModelPass
 from esper.diagnosis.rules.rate_jump import FORGOTTEN_OPEN, RateJump
 
 JUMP_AT = 100
@@ -81,3 +82,23 @@ def test_a_second_jump_is_told_where_the_first_did_no_harm(rates: list[float], t
     if found is not None:
         assert f"from {rates[-2]:g} to {rates[-1]:g}" in found.observed
         assert found.since_step == known[-2][0] + 1
+
+
+@pytest.mark.parametrize(("level", "told"), [(1.45, True), (1.9, False)])
+def test_a_jump_after_which_the_run_guesses_is_told_although_its_losses_were_noisy(
+    level: float, told: bool
+) -> None:
+    """Measured: a rate of 1 instead of 0.001 after a resume; 2.5 was within four deviations."""
+    noisy = level + 0.4 * np.sin(np.arange(60))
+    seen = ModelPass(1, output_shape=(32, 10), loss_kind=LossKind.CROSS_ENTROPY, loss_scale=1.0)
+    found = RateJump().check(
+        Observation(
+            step=70,
+            loss_steps=np.arange(1, 71),
+            losses=np.concatenate([noisy, np.full(10, 2.5)]),
+            rates=[(10, 1e-3), (20, 1e-3), (40, 1e-3), (60, 1e-3), (61, 1.0)],
+            passes=[seen],
+        ),
+        Memory(),
+    )
+    assert (found is not None) is told

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import math
+
+from esper.contracts import Severity
+from esper.diagnosis import probes
+from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
+from esper.diagnosis.observation import ModelPass, Observation, Unknown
+
+MOST = 0.95
+ROWS = 128
+LATE = 200
+NEWEST = 3
+
+
+class ImbalancedClasses(Rule):
+    """Nearly all targets are one class, and the model gives that answer to everything."""
+
+    slug = "imbalanced_classes"
+    title = "One class in nearly all rows"
+    symptom = "At least 95 % of the targets are one class; no other one is ever answered."
+    thresholds = (
+        Threshold("share of the most frequent class", MOST, "share", "chosen"),
+        Threshold("sampled rows", ROWS, "rows", "chosen: no chance among 80 %"),
+        Threshold(
+            f"no other answer in the last {NEWEST} passes, from step", LATE, "steps",
+            "chosen: till then, and where there are others, it is info",
+        ),
+    )  # fmt: skip
+    severity = Severity.CAUTION
+    false_alarm = "A rare class that nobody needs; one that is learned much later."
+    advice = (
+        "Judge by the recall of the rare classes, not by accuracy. Weight them in the loss, draw "
+        "them more often, or ignore padding with ignore_index."
+    )
+
+    def check(self, observation: Observation, memory: Memory) -> Evidence | None:
+        known = [seen for seen in observation.passes if not math.isnan(seen.target_share)]
+        rows = sum(map(_rows, known))
+        if rows < ROWS:
+            raise Unknown("too few targets of classes were seen")
+        top = known[0].target_class
+        share = sum(_rows(seen) * seen.target_share for seen in known) / rows
+        if share < MOST or any(seen.target_class != top for seen in known):
+            return None
+        newest = known[-NEWEST:]
+        alone = observation.step >= LATE and all(seen.answered_share == 1.0 for seen in newest)
+        return Evidence(
+            observed=f"{share:.1%} of the sampled targets are class {top}"
+            + (", and the model answers it to every input" if alone else ""),
+            limit=f"less than {MOST:.0%} of one class, or other answers",
+            signal="targets",
+            value=share,
+            since_step=known[0].step,
+            severity=None if alone else Severity.INFO,
+        )
+
+
+def _rows(seen: ModelPass) -> int:
+    """Those that were sampled."""
+    return min(probes.ROWS, math.prod(seen.output_shape[:-1]))
