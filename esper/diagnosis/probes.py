@@ -538,14 +538,14 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
         sums, sizes = g_NC.sum(1).abs(), g_NC.abs().sum(1)
         # A row that is already right has a gradient of rounding errors.
         if bool((sums < CLOSE * sizes + 1e-6 * sizes.max()).all()):
-            for sign in (1.0, -1.0):
-                if (weight := _probability_weight(y_NC, sign * g_NC)) > 0:
-                    kind, scale = LossKind.PROBABILITY, sign * weight * rows
-                    return replace(seen, loss_kind=kind, loss_scale=scale)
+            if every_row and (found := _with_unusual_sign(y_NC, g_NC, rows)):
+                return replace(seen, loss_kind=found[0], loss_scale=found[1])
             weight = _softmax_weight(y_NC, g_NC)
             targets_NC = torch.softmax(y_NC, 1) - g_NC / weight
             if not _are_distributions(targets_NC):
-                return _with_other_loss_of_classes(seen, y_NC, g_NC, rows, every_row=every_row)
+                if _are_of_two_softmaxes(y_NC, g_NC):
+                    return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
+                return seen  # of rewards, say, or of rows with weights of their own
             classes = targets_NC.argmax(1)
             top, count = (int(number) for number in _most_frequent(classes))
             return replace(
@@ -586,21 +586,22 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
     return replace(seen, target_low=float(wanted.min()), target_high=float(wanted.max()))
 
 
-def _with_other_loss_of_classes(
-    seen: ModelPass, y_NC: Tensor, g_NC: Tensor, rows: int, *, every_row: bool
-) -> ModelPass:
-    """The gradient's rows sum to zero, as behind a softmax, and it is no cross-entropy."""
-    if _are_of_two_softmaxes(y_NC, g_NC):
-        return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
-    if not every_row or len(g_NC) < SOME:
-        return seen
-    # Of rewards, say, or of rows with weights of their own, unless all rows have the same weight.
+def _with_unusual_sign(y_NC: Tensor, g_NC: Tensor, rows: int) -> tuple[LossKind, float] | None:
+    """(kind, weight of a row x rows) of a probability, or of cross-entropy with a minus sign.
+
+    All rows have the same weight; those of rewards do not. Two classes do not show the sign.
+    """
+    if y_NC.shape[1] < 3 or len(y_NC) < SOME:
+        return None
+    for sign in (1.0, -1.0):
+        if (weight := _probability_weight(y_NC, sign * g_NC)) > 0:
+            return LossKind.PROBABILITY, sign * weight * rows
     weight = _softmax_weight(y_NC, -g_NC)
     targets_NC = torch.softmax(y_NC, 1) + g_NC / weight
-    whole = (targets_NC - targets_NC.round()).abs() < TARGET_ERROR
-    if _are_distributions(targets_NC) and bool(whole.all()):
-        return replace(seen, loss_kind=LossKind.CROSS_ENTROPY, loss_scale=-weight * rows)
-    return seen
+    whole = (targets_NC - targets_NC.round()).abs() < CLOSE
+    if bool(whole.all()) and _are_distributions(targets_NC):
+        return LossKind.CROSS_ENTROPY, -weight * rows
+    return None
 
 
 def _cross_entropy(y_NC: Tensor, targets_NC: Tensor) -> Tensor:
@@ -621,11 +622,9 @@ def _are_probabilities(y_NC: Tensor) -> bool:
 def _probability_weight(y_NC: Tensor, g_NC: Tensor) -> float:
     """The weight w of a row in ``-w p[target]`` with p = softmax(y), or NaN for another loss.
 
-    Its gradient is ``w p[t] (p - t)``, lowest at the target. Of two classes it is also that of the
-    other class with the other sign; where all p[t] are equal, it is also that of cross-entropy.
+    Its gradient is ``w p[t] (p - t)``, lowest at the target. Where all p[t] are equal, it is also
+    that of cross-entropy.
     """
-    if y_NC.shape[1] < 3 or len(y_NC) < SOME:
-        return math.nan
     p_NC, target_N1 = torch.softmax(y_NC, 1), g_NC.argmin(1, keepdim=True)
     p_t_N1 = p_NC.gather(1, target_N1)
     if p_t_N1.std() < ALIKE * p_t_N1.mean():

@@ -11,6 +11,7 @@ FITS = 3.0
 FAR = 100.0
 GREW = 3.0
 ALIKE, PASSES = 0.01, 2
+SAME = 1e-6
 UNLEARNED = 0.9
 RECURRENT = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "SyncBatchNorm")
@@ -96,7 +97,8 @@ def _alike(observation: Observation) -> Evidence | None:
     if len(newest) < PASSES or not all(seen.layers for seen in newest):
         return None
     spreads = [seen.layers[0].input_spread for seen in newest]
-    empty = all(seen.input_rms == 0 for seen in newest)
+    # Where the answers differ, another input tells the rows apart.
+    empty = all(seen.input_rms == 0 and seen.output_spread < SAME for seen in newest)
     # Rows that are exactly alike may be meant: a model of one distribution has no other input.
     if not empty and not all(0 < spread < ALIKE for spread in spreads):
         return None

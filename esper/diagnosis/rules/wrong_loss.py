@@ -171,7 +171,11 @@ def _negated(observation: Observation, seen: ModelPass) -> Evidence | None:
 
 def _negative(observation: Observation, seen: ModelPass) -> Evidence | None:
     loss = observation.loss
-    if not loss < 0 or seen.loss_kind is LossKind.LIKELIHOOD:
+    told = (LossKind.LIKELIHOOD, LossKind.PROBABILITY)
+    is_negated = seen.loss_kind is LossKind.CROSS_ENTROPY and seen.loss_scale < 0
+    # The square of the output, with a term that may be below zero, as of a normalising flow.
+    is_square = seen.loss_kind is LossKind.SQUARED and seen.target_low == seen.target_high == 0
+    if not loss < 0 or seen.loss_kind in told or is_negated or is_square:
         return None
     return _evidence(
         f"the loss is {loss:.3g}, and {seen.loss_kind} is never below zero",

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 import esper
 from esper.contracts import Severity
 from esper.diagnosis import probes
+from esper.diagnosis.base import Memory
+from esper.diagnosis.observation import LossKind, ModelPass, Observation
 from esper.diagnosis.recorder import Plan, Recorder
+from esper.diagnosis.rules.imbalanced_classes import ImbalancedClasses
 from esper.fail_closed import FailClosed
 from esper.health.transfers import HostTransfer
 from tests.esper.diagnosis.small_runs import (
@@ -1046,22 +1049,28 @@ def test_accumulated_gradients_that_are_cleared_are_told(
     assert "accumulation_miscounted" not in slugs
 
 
-def rare(share: float) -> tuple[Tensor, Tensor]:
-    """Nothing in the inputs tells the rare class."""
-    x, y = digits()
-    return x, (torch.rand(len(y)) < share).long()
-
-
-@pytest.mark.parametrize(("share", "told"), [(0.01, True), (0.2, False)])
-def test_a_class_that_is_nearly_alone_and_the_only_answer_is_told(share: float, told: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
-    result = Run(
-        model, rare(share), optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1), steps=205
-    ).go()
-    assert [f.severity for f in result.open if f.slug == "imbalanced_classes"] == (
-        [Severity.CAUTION] if told else []
-    )
+@pytest.mark.parametrize(
+    ("share", "answered", "severity"),
+    [
+        (62 / 64, 1.0, Severity.CAUTION),
+        (62 / 64, 63 / 64, Severity.INFO),
+        (1.0, 1.0, Severity.INFO),  # no row of another class was seen
+        (0.8, 1.0, None),
+    ],
+)
+def test_a_class_that_is_nearly_alone_and_the_only_answer_is_told(
+    share: float, answered: float, severity: Severity | None
+) -> None:
+    passes = [
+        ModelPass(
+            step, output_shape=(64, 2), loss_kind=LossKind.CROSS_ENTROPY, loss_scale=1.0,
+            target_class=0, target_share=share, answered_share=answered,
+        )
+        for step in (1, 50, 200, 400, 600)
+    ]  # fmt: skip
+    found = ImbalancedClasses().check(Observation(step=600, passes=passes), Memory())
+    told = None if found is None else found.severity or ImbalancedClasses.severity
+    assert told is severity
 
 
 def test_a_rare_class_that_is_answered_is_a_note() -> None:
@@ -1085,6 +1094,20 @@ def test_inputs_with_the_statistics_of_other_data_are_told(
     assert ("abnormal_data" in result.steps) is told
     if told:
         assert "own mean" in result.first("abnormal_data").remedy
+
+
+def test_a_flow_whose_loss_falls_below_zero_is_no_wrong_loss() -> None:
+    """Its gradient at the output is that of a square, and the determinant is subtracted."""
+    torch.manual_seed(0)
+    x = 0.1 * torch.randn(400, 2)
+    flow = nn.Linear(2, 2)
+
+    def loss(z: Tensor, _: Tensor) -> Tensor:
+        return 0.5 * z.square().sum(1).mean() - torch.linalg.slogdet(flow.weight)[1]
+
+    result = Run(flow, (x, x), loss, lambda m: adam(m, 0.1), steps=52).go()
+    assert min(result.losses) < 0
+    assert "wrong_loss" not in result.steps
 
 
 def test_inputs_of_zeros_alone_are_told() -> None:
@@ -1165,3 +1188,18 @@ def test_large_inputs_of_a_recurrent_layer_are_told() -> None:
             return out
 
     assert Run(Recurrent(), (x, y), steps=2).go().steps["abnormal_data"] == 1
+
+
+@pytest.mark.parametrize(("trained", "told"), [(False, True), (True, False)])
+def test_a_trained_model_may_be_made_to_forget(trained: bool, told: bool) -> None:
+    """Gradient ascent on what it shall not know, from a loss near zero."""
+    torch.manual_seed(0)
+    model, (x, y) = perceptron(), digits()
+    if trained:
+        Run(model, (x, y), optimizer=lambda m: adam(m, 1e-2), steps=60).go()
+    gone = Run(model, (x, y), lambda out, t: -F.cross_entropy(out, t), lambda m: adam(m, 1e-5))
+    gone.steps = 2
+    result = gone.go()
+    assert ("wrong_loss" in result.steps) is told
+    if told:
+        assert "with a minus sign" in result.first("wrong_loss").observed
