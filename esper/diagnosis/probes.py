@@ -462,7 +462,7 @@ def _lag_of(tokens: Tensor, targets: Tensor, form: tuple[int, ...]) -> int:
             later = place + lag * apart
             compared = (targets >= 0) & (room > lag) & (later < len(tokens))
             wanted = tokens[later[compared]]
-            if len(wanted) < COMPARED or len(wanted.unique()) < DIFFERENT:
+            if len(wanted) < COMPARED or len(set(wanted.tolist())) < DIFFERENT:
                 continue
             if bool((targets[compared] == wanted).all()):
                 return lag
@@ -547,7 +547,7 @@ def _with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ..
                     return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
                 return seen  # of rewards, say, or of rows with weights of their own
             classes = targets_NC.argmax(1)
-            top, count = (int(number) for number in _most_frequent(classes))
+            top, count = _most_frequent(classes)
             return replace(
                 seen,
                 loss_kind=LossKind.CROSS_ENTROPY,
@@ -608,11 +608,10 @@ def _cross_entropy(y_NC: Tensor, targets_NC: Tensor) -> Tensor:
     return -(targets_NC * torch.log_softmax(y_NC, 1)).sum(1).mean()
 
 
-def _most_frequent(classes_N: Tensor) -> tuple[Tensor, Tensor]:
+def _most_frequent(classes_N: Tensor) -> tuple[int, int]:
     """(class, how many rows have it)."""
-    found, counts = classes_N.unique(return_counts=True)
-    best = counts.argmax()
-    return found[best], counts[best]
+    counts = torch.bincount(classes_N)
+    return int(counts.argmax()), int(counts.max())
 
 
 def _are_probabilities(y_NC: Tensor) -> bool:
@@ -657,7 +656,7 @@ def _is_softmax_over_rows(y_NC: Tensor, g_NC: Tensor) -> bool:
         w > 0
         and ((w_N - w).abs() < 0.01 * w).all()
         and (rest_NC.abs() < CLOSE * w).all()
-        and 1 < len(target_N.unique()) < len(target_N)
+        and 1 < len(set(target_N.tolist())) < len(target_N)
     )
 
 
