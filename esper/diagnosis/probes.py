@@ -456,7 +456,7 @@ def _lag_of(tokens: Tensor, targets: Tensor, form: tuple[int, ...]) -> int:
         targets: int [N], of its first N places; below 0 for a place that the loss ignores.
         form: of the input.
     """
-    place = torch.arange(len(targets))
+    place = torch.arange(len(targets), device="cpu")
     for lag in LAGS:
         for apart, room in ((1, form[1] - place % form[1]), (form[1], form[0] - place // form[1])):
             later = place + lag * apart
