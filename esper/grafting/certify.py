@@ -308,6 +308,14 @@ def _run_host(host: nn.Module, layer: LayerInfo, blueprint: str, x: Tensor) -> T
         raise IncompatibleLayerError(
             layer=layer.name, blueprint=blueprint, reason="its output is not a plain tensor"
         )
+    same_axes = layer.features_out and y.dim() == len(layer.out_shape)
+    if same_axes and y.shape[layer.channel_axis] != layer.features_out:
+        # The script has replaced or widened the layer's weights since it was traced.
+        reason = (
+            f"it gives {y.shape[layer.channel_axis]} features now, and gave {layer.features_out} "
+            "when Esper was attached: attach again"
+        )
+        raise IncompatibleLayerError(layer=layer.name, blueprint=blueprint, reason=reason)
     return y
 
 

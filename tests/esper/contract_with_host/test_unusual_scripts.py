@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper.exceptions import IncompatibleLayerError
 from tests.esper.contract_with_host.failed_parts import failed_parts
 
 STEPS = 60
@@ -204,6 +205,26 @@ def test_a_layer_that_was_first_seen_on_an_empty_batch_takes_a_graft() -> None:
     receipt = session.graft("2", "mlp_gelu_2048")
     assert torch.equal(model(x), before)
     assert session.undo(receipt).exact
+
+
+@pytest.mark.parametrize("blueprint", ["mlp_gelu_2048", "proj_ia3"])
+def test_a_graft_into_a_layer_that_the_script_has_widened_is_refused_in_a_sentence(
+    blueprint: str,
+) -> None:
+    model, optimizer = script()
+    with esper.attach(model, optimizer, verbose=False) as session:
+        train(model, optimizer, session, steps=2)
+        last = model[-1]
+        assert isinstance(last, nn.Linear)
+        width = last.out_features
+        last.weight = nn.Parameter(torch.randn(width + 4, last.in_features))
+        last.bias = nn.Parameter(torch.zeros(width + 4))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(IncompatibleLayerError, match=f"{width + 4} features.*{width}.*attach"):
+            session.graft(str(len(model) - 1), blueprint)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_the_surgery_calls_no_hook_of_the_script() -> None:
