@@ -10,8 +10,9 @@ model so far or a frozen teacher, and one that an optimizer trains stay as they 
 that was made apart, as a later member of an ensemble. Where another model of the same shapes is
 trained, as one of two critics, an average belongs to the nearer one.
 
-What stays as it is but is not trained, such as a target network, may load a state of the model
-later: it then gets the grafts of that state, as its load would raise in the script otherwise.
+What stays as it is, such as a target network or another member of a population, may load a state of
+the model later: it then gets the grafts of that state, as its load would raise in the script
+otherwise. Where the script trains it, the grafts stay as they were loaded.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class Copies(Sequence[Any]):
             self._followers.append(weakref.ref(found))
             del self._seen[found]
         for found in alike:
-            if found in self._seen and not is_followed(found) and not _is_trained(found):
+            if found in self._seen and not is_followed(found):
                 build_grafts_of_loaded_states(found)
         return fresh
 

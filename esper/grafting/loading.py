@@ -69,8 +69,8 @@ def load_state_dict(
 def build_grafts_of_loaded_states(model: nn.Module) -> LoadHooks:
     """Until it is closed, ``model.load_state_dict`` builds the grafts of the state that it loads.
 
-    For a model that nothing trains; a session does this for the one that it watches. The hooks do
-    not keep the model alive.
+    Nothing trains these grafts; a session does this for the model that it watches. The hooks do not
+    keep the model alive.
     """
     living = weakref.ref(model)
 

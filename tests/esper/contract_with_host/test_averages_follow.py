@@ -231,6 +231,30 @@ def test_a_target_network_loads_the_model_after_its_first_graft(made: str) -> No
     session.close()
 
 
+def test_a_member_of_a_population_takes_over_the_weights_of_a_better_one() -> None:
+    """Both train; the one that Esper does not know of loads the other's state after a graft."""
+    pairs = [(model := MODELS["mlp"](), torch.optim.Adam(model.parameters())) for _ in range(2)]
+    (better, optimizer), (worse, other) = pairs
+    session = esper.attach(better, optimizer, verbose=False)
+
+    def train() -> None:
+        for model, its in pairs:
+            logits_of(model, batch_of("mlp", 0)).square().mean().backward()
+            its.step()
+            its.zero_grad()
+        session.step()
+
+    train()
+    train()
+    session.graft("0", "mlp_gelu_2048")
+    train()
+    worse.load_state_dict(better.state_dict())
+    assert torch.equal(computed(worse, "mlp"), computed(better, "mlp"))
+    other.load_state_dict(optimizer.state_dict())
+    train()
+    session.close()
+
+
 def test_a_dropped_average_is_not_kept_alive() -> None:
     run = Averaged("mlp", "AveragedModel", "before")
     receipt = run.graft("0", "proj_lora_64")
