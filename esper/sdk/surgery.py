@@ -479,7 +479,8 @@ class Surgery:
                 entry.receipt.notice_gone()
         report = UndoReceipt(hard=False, exact=False, pause_ms=0.0)
         reason = "receipt.undo() was called, or another session took it out"
-        self._reports.removed(gone, report, reason)
+        # Whether the weights were restored is not known here, so nothing is said of them.
+        self._reports.removed(gone, replace(report, hard=True), reason)
         self._reports.taken_out(gone, report, self._run.step, RemedyKind.UNDO, meant=gone[0])
         self._follow_up(restored=True)
 

@@ -133,6 +133,20 @@ def test_grafts_remedies_and_undos_are_said_one_line_each(
     assert "undid: halve the learning rate at '3'" in rewound
 
 
+@pytest.mark.parametrize("hard", [True, False])
+def test_an_undo_by_the_receipt_says_nothing_untrue_of_the_weights(
+    training: Training, capsys: Captured, hard: bool
+) -> None:
+    """The session sees only that the graft is gone; a hard undo keeps nothing that was learned."""
+    session = attached(training)
+    training.run(3, session)
+    session.graft("3", "proj_lora_64").undo(hard)
+    training.run(1, session)
+
+    line = next(line for line in lines_of(capsys.readouterr().err) if "took proj_lora_64" in line)
+    assert line.endswith("receipt.undo() was called, or another session took it out")
+
+
 def test_the_guard_says_what_it_took_out_and_why(training: Training, capsys: Captured) -> None:
     with attached(training, mode="supervised") as session:
         training.run(30, session)
