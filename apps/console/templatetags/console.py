@@ -27,6 +27,7 @@ from apps.console.bar import switch_and_kills
 from apps.console.language import as_written, html_language, in_words
 from apps.console.sentences import delegation_words, in_sentence, in_value, title_of
 from apps.console.status import BY_KIND, CERTIFICATE, RULES, TIERS, Status
+from apps.console.vocabulary import FINDINGS
 from apps.console.waiting import inbox_count
 from apps.policies.selectors import present_freezes
 from esper.contracts import Role
@@ -283,10 +284,6 @@ def words(value: object) -> str:
     return in_words(visible(value).replace("_", " ").replace(".", " "))
 
 
-# Names that plain words would write wrongly.
-_NAMES = {"relu": "ReLU", "nan": "NaN"}
-
-
 @register.filter
 def sentence(text: str) -> str:
     """A stored sentence (``sentences.py``), in the page's language where it is known."""
@@ -299,10 +296,10 @@ register.filter("delegation_words", delegation_words)
 
 
 @register.filter
-def finding_word(slug: object) -> str:
-    """The rule of a finding in words: ``dying_relu`` is "dying ReLU"."""
-    plain = visible(slug).replace("_", " ")
-    return in_words(" ".join(_NAMES.get(word, word) for word in plain.split(" ")))
+def finding_title(slug: object) -> str:
+    """The title of the rule of a finding: ``update_ratio_high`` is "Updates are too large"."""
+    title = FINDINGS.get(str(slug))
+    return in_words(title) if title else words(slug).capitalize()
 
 
 @register.filter

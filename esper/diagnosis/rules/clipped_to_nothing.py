@@ -17,7 +17,7 @@ class ClippedToNothing(Rule):
     """The gradients are clipped to a norm at which the updates change next to nothing."""
 
     slug = "clipped_to_nothing"
-    title = "Clipped to next to nothing"
+    title = "Gradients clipped to almost nothing"
     symptom = (
         "The norm of all gradients is the same in each step though the batches differ, as clipping "
         "leaves it, and the updates are far too small."

@@ -24,7 +24,7 @@ class FellBack(Rule):
     """The run had learned, and its loss is again near where it began."""
 
     slug = "fell_back"
-    title = "Fell back"
+    title = "The loss rose again"
     symptom = "The training loss had fallen by 40 %, and has been back near its first level since."
     thresholds = (
         Threshold("lowest loss / first loss, at most", LEARNED, "ratio", "chosen"),

@@ -11,7 +11,7 @@ from babel.messages.mofile import write_mo
 
 from apps.accounts.policy import IN_WORDS
 from apps.console.status import BUILD_STEPS, BY_KIND, CERTIFICATE, RULES, TIERS
-from apps.console.vocabulary import WORDS
+from apps.console.vocabulary import FINDINGS, WORDS
 from esper import contracts
 from esper.diagnosis import list_rules
 from esper.remedies import list_remedies
@@ -104,7 +104,6 @@ def _plain(value: object) -> str:
     return str(value).replace("_", " ").replace(".", " ")
 
 
-_NAMES = {"relu": "ReLU", "nan": "NaN"}
 SHOWN_AS_WORDS = (
     *("Risk", "Role", "RunMode", "Severity", "AdaptationKind", "AdaptationState", "PlanState"),
     *("RunState", "LaunchState", "JobState", "JobStep", "CommandKind", "CommandState"),
@@ -118,12 +117,11 @@ def test_every_value_that_is_shown_as_words_is_translated() -> None:
     values |= {str(role).capitalize() for role in contracts.Role} | set(IN_WORDS.values())
     values |= {_plain(remedy.slug) for remedy in list_remedies()}
     values |= {_plain(name) for remedy in list_remedies() for name in remedy.default_config()}
-    rules = [_plain(rule.slug).split(" ") for rule in list_rules()]
-    values |= {" ".join(_NAMES.get(word, word) for word in rule) for rule in rules}
     assert values <= WORDS
+    assert {rule.slug: rule.title for rule in list_rules()} == FINDINGS
     known = {text for _, text in _known("django")}
     states = {status.word for kind in BY_KIND.values() for status in kind.values()}
-    states |= set(BUILD_STEPS.values())
+    states |= set(BUILD_STEPS.values()) | set(FINDINGS.values())
     assert states | set(RULES.values()) | set(CERTIFICATE.values()) | set(TIERS.values()) <= known
 
 

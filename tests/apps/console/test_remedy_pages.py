@@ -26,7 +26,7 @@ def test_the_decision_page_of_a_remedy(sick: Any) -> None:
     text = page(sick, "olga", "rewind")
     for words in (
         "Rewind to step 5,800 and halve the learning rate",
-        "answers loss spike",
+        "answers “Loss spike”",
         "the loss was above 1.557 3 times in a row, now 31.4",
         "since step",
         "began at",
