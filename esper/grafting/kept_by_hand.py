@@ -4,7 +4,8 @@ A running average that is written by hand keeps a dict of tensors by the paramet
 list of them in their order, and goes through both at each step. The parameters of a graft are not
 in it, so the next step of the script would raise, or pair other tensors.
 
-Where they are those of a part of the model, only this part takes no graft.
+Where they are those of a part of the model, only this part takes no graft. Masks of pruning are
+kept for the matrices alone, or for all that is called a weight.
 
 The same dict or list may be a state that was saved; a dict is then loaded by name, and follows a
 graft. An average is the one that changes. What does not change, such as the weights that a penalty
@@ -188,7 +189,7 @@ def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Holde
     others = [tensor for tensor in tensors if type(tensor) is Tensor]
     counts = Counter(map(shape_of, others))
     wanted = {part: forms for part, forms in _forms(model).items() if _shapes(forms[-1]) <= counts}
-    found = _of_whole(wanted.pop("")[:-1], others, counts) if "" in wanted else []
+    found = _of_whole(wanted.pop(""), others, counts) if "" in wanted else []
     pairs = [("", holder) for holder in found]
     known = {id(holder) for holder in found}
     if wanted:
@@ -207,11 +208,14 @@ def _forms(model: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], ...]]:
         if len(named) < (FEWEST_OF_PART if part else 2) or own in seen:
             continue  # or it is all that is in the module around it
         seen.add(own)
-        trained = {name: p for name, p in named.items() if p.requires_grad}
+        trained = {name: p for name, p in named.items() if p.requires_grad} or named
+        weights = {name: p for name, p in trained.items() if name.endswith("weight")}
+        matrices = {name: p for name, p in trained.items() if p.ndim > 1}
         kinds = [named, trained, {**named, **dict(module.named_buffers())}]
+        kinds += [kind for kind in (weights, matrices) if len(kind) > 1]
         if part:  # by their names in the model
             kinds += [{_join(part, name): p for name, p in kind.items()} for kind in kinds]
-        forms[part] = *kinds, trained or named
+        forms[part] = *kinds, min(kinds, key=len)
     return forms
 
 
@@ -229,7 +233,7 @@ def _of_whole(
     counts: Counter[Shape],
 ) -> list[Holder]:
     # Of the shape that the fewest tensors have, so that few containers are looked at.
-    shape = min(map(shape_of, forms[0].values()), key=lambda known: counts[known])
+    shape = min(map(shape_of, forms[-1].values()), key=lambda known: counts[known])
     candidates = [t for t in others if shape_of(t) == shape][:MOST_CANDIDATES]
     return [
         holder
@@ -248,7 +252,9 @@ def _of_parts(
         if type(first) is not Tensor:
             continue
         for part, forms in wanted.items():
-            if any(_in_order(holder, own) or _by_name(holder, own) for own in forms):
+            if any(
+                _in_order(holder, own, FEWEST_OF_PART) or _by_name(holder, own) for own in forms
+            ):
                 yield part, holder
                 break
 
@@ -263,8 +269,8 @@ def _espers(holders: Sequence[Holder]) -> set[int]:
     return set(map(id, gc.get_referents(*own)))
 
 
-def _in_order(holder: Any, wanted: Mapping[str, Tensor]) -> bool:
-    if type(holder) is not list or len(holder) != len(wanted):
+def _in_order(holder: Any, wanted: Mapping[str, Tensor], fewest: int = 2) -> bool:
+    if type(holder) is not list or not fewest <= len(holder) == len(wanted):
         return False
     return all(
         _mirrors(value, parameter) and value.is_floating_point() is parameter.is_floating_point()

@@ -373,7 +373,18 @@ class Importances(AnchorsByName):
         )
 
 
-UNCHANGED: list[type[Any]] = [Anchor, AnchorsByName, Masks, Importances]
+class MatrixMasks(AnchorsByName):
+    """As lottery tickets: the matrices alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.anchors = {name: p > 0 for name, p in model.named_parameters() if p.ndim > 1}
+
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            assert p.ndim == 1 or self.anchors[name].shape == p.shape
+
+
+UNCHANGED: list[type[Any]] = [Anchor, AnchorsByName, Masks, Importances, MatrixMasks]
 
 
 def run_beside(
