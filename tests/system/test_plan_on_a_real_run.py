@@ -14,9 +14,9 @@ LAYERS = ("conv1", "head")
 PLANS = {"max_plan_changes": 2, "probation_steps": 1_000_000, "maturity_steps": 900_000}
 
 
-def member(plant: Plant, layer: str) -> dict[str, Any]:
+def member(step: int, layer: str) -> dict[str, Any]:
     return {
-        "epoch": 1, "step": plant.step(), "layer": layer, "adaptation_type": "add_diagnostic",
+        "epoch": 1, "step": step, "layer": layer, "adaptation_type": "add_diagnostic",
         "confidence": 0.9, "urgency": 0.1, "reasons": [], "blueprint": "mon_act_stats",
         "config": {}, "risk": "none", "checks": [], "why_not": [], "asks": [], "policy": "test",
         "forecast": {"parameters": 0, "flops": 0, "memory_mib": 0.01, "latency_ms": 0.01},
@@ -30,8 +30,9 @@ def planned(plant: Plant) -> str:
 
     def is_proposed() -> bool:
         plant.reject_others()
+        step = plant.step()
         body = {
-            "epoch": 1, "step": plant.step(), "members": [member(plant, one) for one in LAYERS],
+            "epoch": 1, "step": step, "members": [member(step, one) for one in LAYERS],
             "value": 1.0, "parameters": 1000, "memory_mib": 100.0, "latency_ms": 10.0,
             "reasons": ["both"], "asks": [], "policy": "test",
         }  # fmt: skip
