@@ -55,9 +55,10 @@ def _copy_of(loss: float | Tensor | None) -> float | HostCopy | None:
 
 def _number(loss: Any) -> float:
     if not isinstance(loss, bool | str | bytes):
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             return float(loss)
-    raise TypeError(f"the loss must be a number or a tensor of one element, got {loss!r}")
+    kind = type(loss).__name__
+    raise TypeError(f"the loss must be a number or a tensor of one element, got {kind}")
 
 
 def _copy_of_distributed(loss: Any) -> float | HostCopy | None:
