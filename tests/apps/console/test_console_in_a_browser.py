@@ -93,10 +93,14 @@ ONE: tuple[Look, ...] = (("light", 1280), ("dark", 390))
 OTHER: tuple[Look, ...] = (("light", 390), ("dark", 1280))
 
 
-# The page hears of its new size before the next frame. Django's admin moves between colours, too,
-# for people who want no motion.
+# The page hears of its new size before the next frame. Headless Chromium sometimes draws no more
+# frames, and a call of `evaluate` has no limit: the test would hang. Django's admin moves between
+# colours, too, for people who want no motion.
 SETTLE = """async () => {
-    await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+    await new Promise((done) => {
+        requestAnimationFrame(() => setTimeout(done));
+        setTimeout(done, 5000);
+    });
     document.getAnimations()
         .filter(one => one instanceof CSSTransition).forEach(one => one.finish());
 }"""
