@@ -5,9 +5,9 @@ from __future__ import annotations
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.engine import Change, Diagnosed, Diagnosis
 from esper.diagnosis.observation import Observation, Unknown
-from esper.diagnosis.probes import weights_digest
 from esper.diagnosis.recorder import Recorder
 from esper.diagnosis.registry import discover, get_rule, list_rules
+from esper.diagnosis.weights import weights_digest
 
 __all__ = [
     "Change",

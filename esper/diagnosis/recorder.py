@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from esper.diagnosis.forward_probe import ForwardProbe
 from esper.diagnosis.gradient_probe import GradientProbe
 from esper.diagnosis.observation import (
     Broken,
@@ -31,15 +32,7 @@ from esper.diagnosis.observation import (
     TensorFacts,
     Zeroing,
 )
-from esper.diagnosis.probes import (
-    EQUAL_ROWS,
-    PART,
-    UNMEASURED,
-    ForwardProbe,
-    read_tensors,
-    same_modules,
-    still_symmetric,
-)
+from esper.diagnosis.weights import EQUAL_ROWS, read_tensors, same_modules, still_symmetric
 from esper.fail_closed import FailClosed
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import layer_modules
@@ -65,6 +58,8 @@ WATCHED_EVALUATIONS = 2
 WATCHED_UPDATES = 8  # for which the start of the backward pass is known
 WATCHED_BACKWARDS = 64  # of each of them
 SAME_DIRECTION = 0.9999  # cosine
+PART = "diagnosis"
+UNMEASURED = "Some rules of the diagnosis are not checked."
 _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -179,7 +174,7 @@ class Recorder:
         if reads and not any(optimizer.state for optimizer in self._optimizers):
             self.tensors = self._closed(read_tensors)(model) or ()
         self.duplicates = self._closed(same_modules)(model) or ()
-        self._forward = ForwardProbe(model, fail_closed, compilation)
+        self._forward = ForwardProbe(model, self._closed, compilation)
         self._gradient = GradientProbe(model)
         self._start = _Start(self._closed)
         self._modes = _Modes(model)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from esper.contracts import Severity
-from esper.diagnosis import probes
+from esper.diagnosis import samples
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
 from esper.diagnosis.observation import ModelPass, Observation, Unknown
 
@@ -58,4 +58,4 @@ class ImbalancedClasses(Rule):
 
 def _rows(seen: ModelPass) -> int:
     """Those that were sampled."""
-    return min(probes.ROWS, math.prod(seen.output_shape[:-1]))
+    return min(samples.ROWS, math.prod(seen.output_shape[:-1]))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
-from esper.diagnosis.probes import EQUAL_ROWS
+from esper.diagnosis.weights import EQUAL_ROWS
 
 
 class RepeatedInitialisation(Rule):

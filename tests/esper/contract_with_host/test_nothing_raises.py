@@ -405,7 +405,7 @@ def interrupted(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "esper.diagnosis.probes.rows_of",
+        "esper.diagnosis.forward_probe.rows_of",
         "esper.diagnosis.gradient_probe.GradientProbe.remember",
         "esper.diagnosis.gradient_probe.GradientProbe.read",
         "esper.sdk.findings.LedgerWatch.on_step",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import esper
 from esper.contracts import Severity
-from esper.diagnosis import probes
+from esper.diagnosis import forward_probe
 from esper.diagnosis.base import Memory
 from esper.diagnosis.observation import LossKind, ModelPass, Observation
 from esper.diagnosis.recorder import Plan, Recorder
@@ -705,7 +705,7 @@ def test_an_activation_is_seen_wherever_python_puts_its_objects(
     def place(thing: object) -> int:
         return 0 if isinstance(thing, Node) else id(thing)
 
-    monkeypatch.setattr(probes, "id", place, raising=False)
+    monkeypatch.setattr(forward_probe, "id", place, raising=False)
     assert Run(linear(nn.ReLU), steps=10).go().alarms() == []
 
 
