@@ -897,7 +897,7 @@ SERVER = (
         "enough for %(days)s days."
     ),
     _("defaults of Esper"),
-    _("No closed decision has the chances of both policies yet."),
+    _("No closed decision has stored the probabilities of both policies yet."),
     _("%(cases)s of %(needed)s effective cases tell of both policies."),
     _(
         "%(challenger)s against %(incumbent)s: %(gain)s of reward (95 %%: %(least)s to "

@@ -57,6 +57,8 @@ GATES = (
     _("It changes what the model computes; this always needs a person."),
     _("Risk is %(risk)s; only risk up to %(most)s needs no person."),
     _("Risk %(risk)s needs no person."),
+    _("risk %(risk)s needs no person, and it can be taken back"),
+    _("confidence %(confidence)s ≥ %(limit)s and risk %(risk)s"),
     _("%(count)s closed cases of its category are too few to trust; %(needed)s are needed."),
     _("It may undo what the script wants, so a person decides."),
     _("The decision depends on signals that were not measured: %(signals)s."),

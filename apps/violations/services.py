@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from django.db import transaction
@@ -148,8 +149,13 @@ def _record_finding(run: Run, finding: Finding) -> bool:
 
 
 def _text(run: Run, finding: Finding, observed: str) -> str:
-    subject = f"Layer {finding.layer}" if finding.layer else run.name
-    return f"{subject}: {observed}"
+    """The layer stands before what was observed, unless that names it already."""
+    if not finding.layer:
+        return f"{run.name}: {observed}"
+    named = rf"(?<![\w.]){re.escape(finding.layer)}(?![\w.])"
+    if not finding.layer.isdigit() and re.search(named, observed):  # "0" may be a count
+        return f"{observed[:1].upper()}{observed[1:]}"
+    return f"Layer {finding.layer}: {observed}"
 
 
 @transaction.atomic

@@ -77,7 +77,9 @@ def standing(outcomes: Sequence[Outcome], *, incumbent: str, challenger: str) ->
         and {incumbent, challenger} <= one.chances.keys()
     ]
     if not known:
-        return _stays(incumbent, "No closed decision has the chances of both policies yet.", 0.0)
+        return _stays(
+            incumbent, "No closed decision has stored the probabilities of both policies yet.", 0.0
+        )
     rewards = np.array([one.reward for one in known])
     wanted, base = _weights(known, challenger), _weights(known, incumbent)
     cases = _effective(wanted)

@@ -144,7 +144,7 @@ function makeChart(data) {
     width: place.clientWidth, height: 260, padding: [8, edge(), 0, 0],
     cursor: { drag: { x: true, y: false } }, legend: { live: true },
     scales: { x: { time: false }, y: { distr: logScale ? 3 : 1 } },
-    axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => inWords(tick)) }, { ...axis, size: gutter() }],
+    axes: [{ ...axis, label: gettext("step"), labelSize: 16, labelFont: axis.font, values: (_, ticks) => ticks.map((tick) => inWords(tick)) }, { ...axis, size: gutter() }],
     series: [
       { label: gettext("step"), value: (_, step) => (step === null ? "—" : inWords(step)) },
       { ...band, label: gettext("lowest"), value },

@@ -74,6 +74,7 @@ def blueprint(request: HttpRequest, slug: str) -> HttpResponse:
         request,
         "console/simple.html",
         title=in_sentence(found.title),
+        intro=found.slug,  # decisions and the API say this one
         panels=panels,
         blueprint=found,
     )

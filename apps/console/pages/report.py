@@ -16,12 +16,15 @@ from django.utils.translation import gettext_noop
 
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
+from apps.blueprints.models import KnownRemedy
 from apps.console.panels import Panel, render_page
 from apps.console.request import page
+from apps.console.sentences import in_sentence
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS
 from apps.violations.models import Violation
 from esper.contracts import AdaptationState as S
+from esper.contracts import Severity
 
 WEEK = timedelta(days=7)
 OLDEST_WEEK = 52
@@ -61,10 +64,12 @@ def weeks_ago(request: HttpRequest) -> int:
 def changes(begin: datetime, end: datetime) -> dict[str, Any]:
     """By what was proposed: how many, and how those ended that have ended."""
     rows = Adaptation.objects.filter(created_at__gt=begin, created_at__lte=end)
+    titles = dict(KnownRemedy.objects.values_list("slug", "title"))
     names: dict[str, Counter[str]] = {}
     values = rows.values_list("remedy", "blueprint__slug", "state", "graft_step")
     for remedy, blueprint, state, step in values:
-        counts = names.setdefault(remedy or blueprint, Counter())
+        name = in_sentence(titles.get(remedy, remedy)) if remedy else blueprint
+        counts = names.setdefault(name, Counter())
         counts["proposed"] += 1
         counts["applied"] += step is not None
         counts["kept"] += state == S.KEPT
@@ -162,11 +167,11 @@ def _decider(name: str, rows: Sequence[Decided]) -> Decider:
 def runs(begin: datetime, end: datetime) -> dict[str, Any]:
     ended = Run.objects.defer(*HUGE_COLUMNS).filter(ended_at__gt=begin, ended_at__lte=end)
     found = Violation.objects.filter(created_at__gt=begin, created_at__lte=end)
-    severities = Counter(found.values_list("severity", flat=True))
+    counts = Counter(found.values_list("severity", flat=True))
     return {
         "begun": Run.objects.filter(created_at__gt=begin, created_at__lte=end).count(),
         "ended": sorted(Counter(ended.values_list("state", flat=True)).items()),
-        "severities": sorted(severities.items()),
+        "severities": [(one, counts[one]) for one in reversed(Severity) if counts[one]],
         "resolved": found.exclude(resolved_step=None).count(),
         "acknowledged": found.exclude(acknowledged_at=None).count(),
     }

@@ -11,7 +11,7 @@ from apps.console.bar import adaptation_switch
 from apps.console.panels import Panel, render_page
 from apps.console.request import page, person
 from apps.console.run_rows import live_runs, newest_of, run_rows
-from apps.console.waiting import waiting
+from apps.console.waiting import inbox_count, waiting
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.selectors import open_violations, worst_first
 from esper.contracts import Severity
@@ -32,7 +32,7 @@ def wall(request: HttpRequest) -> HttpResponse:
             "rows": run_rows(newest_of(live_runs().order_by("-id"), RUNS_SHOWN)),
             "live": live_runs().count(),
             "first": found.first(),
-            "waiting": found.count(),
+            "waiting": inbox_count(user),
             "severe": list(
                 worst_first(severe)
                 .select_related("run")

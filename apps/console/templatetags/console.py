@@ -257,11 +257,11 @@ def percent(value: Any) -> str:
 
 @register.filter
 def count(value: Any) -> str:
-    """Parameters and the like: 33 k, 1.2 M."""
+    """Parameters and the like: 33 k, 1.2 M, 1.1 B."""
     if value is None:
         return _UNKNOWN
     amount = float(value)
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, unit in ((1e9, _("B")), (1e6, "M"), (1e4, "k")):
         if abs(amount) >= limit:
             return as_written(f"{amount / (1e3 if unit == 'k' else limit):,.3g} {unit}")
     return as_written(f"{int(amount):,}")

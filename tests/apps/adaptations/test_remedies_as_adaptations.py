@@ -120,7 +120,9 @@ def test_a_low_risk_remedy_goes_by_rule_and_is_kept_when_its_finding_is_over(
 ) -> None:
     adaptation = propose(stage)
     assert (adaptation.state, adaptation.title) == (S.DISPATCHED, "Halve the learning rate")
-    assert adaptation.decided_rule == "policy v1: risk low <= low, and it can be taken back"
+    assert (
+        adaptation.decided_rule == "policy v1: risk low needs no person, and it can be taken back"
+    )
     command = stage.command(adaptation)
     assert command.kind == CommandKind.REMEDY
     assert command.payload == {

@@ -120,3 +120,16 @@ def test_an_incident_names_the_adaptation_that_answers_it(seen: Any) -> None:
     waiting = seen.adaptations["rewind"]
     assert f"Decide A-{waiting.number}" in text
     assert "#ask-rewind" not in text  # it waits already
+
+
+@pytest.mark.parametrize(
+    ("layer", "observed", "text"),
+    [
+        ("fc1", "67% of the units of fc1 are silent", "67% of the units of fc1 are silent"),
+        ("fc1", "67% of the units of fc1.gate are silent", "Layer fc1: 67% of"),
+        ("0", "loss is 0 of late", "Layer 0: loss is 0 of late"),
+    ],
+)
+def test_a_finding_names_its_layer_once(world: Any, layer: str, observed: str, text: str) -> None:
+    _record(world.runs["digits-cnn"], _finding("dying_relu", layer, observed=observed))
+    assert Violation.objects.latest("pk").text.startswith(text)

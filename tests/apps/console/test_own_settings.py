@@ -14,14 +14,28 @@ from apps.accounts.models import ApiToken, User
 from apps.accounts.step_up import HOLDS_FOR
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
+from apps.blueprints.services import sync_remedies
 from apps.console.pages import search
+from apps.console.waiting import inbox_count
 from apps.notifications.models import DutyShift
 from apps.policies.models import PolicyVersion
 from apps.policies.services import adaptation_switch
 from apps.runs.models import Run
+from apps.violations.models import Violation
+from apps.violations.services import record_violation
 from apps.workers.models import CompileJob
-from esper.contracts import RUN_ENDED, AdaptationState, JobState, RunState, codec
+from esper.contracts import (
+    RUN_ENDED,
+    AdaptationState,
+    JobState,
+    RunState,
+    Severity,
+    ViolationRule,
+    codec,
+)
 from tests.apps.cast import PASSWORD
+from tests.apps.console.world import make_remedies_of_run
+from tests.apps.console.world_busy import make_plan
 
 SETTINGS = {"zone": "Asia/Tokyo", "theme": "dark", "density": "compact", "notify": "on"}
 
@@ -234,6 +248,53 @@ def test_the_report_says_how_each_run_ended(world: Any) -> None:
         run.ended_at = timezone.now()
         run.save(update_fields=["ended_at"])
         assert expected in text_of(world.client("vera"), "/report?panel=runs")
+
+
+def _find(run: Run, slug: str, severity: Severity, layer: str) -> Violation:
+    record_violation(
+        run=run,
+        rule=ViolationRule.DIAGNOSIS,
+        severity=severity,
+        observed="67% is dead",
+        limit="less than 50%",
+        text="67% is dead",
+        action="Nothing was changed.",
+        layer=layer,
+        step=90,
+        finding=slug,
+    )
+    return Violation.objects.latest("pk")
+
+
+@pytest.mark.parametrize("address", ["/", "/wall?panel=board", "/runs/{run}?panel=timeline"])
+def test_a_finding_has_its_title_on_every_page(world: Any, address: str) -> None:
+    run = world.runs["digits-cnn"]
+    _find(run, "update_ratio_low", Severity.CRITICAL, layer="classifier.2")
+    shown = text_of(world.client("olga"), address.format(run=run.uid))
+    assert "Updates are too small" in shown
+    assert "diagnosis:" not in shown
+
+
+def test_the_report_names_remedies_and_severities_as_people_do(world: Any) -> None:
+    sync_remedies()
+    make_remedies_of_run(world)
+    for severity in (Severity.SERIOUS, Severity.CRITICAL):
+        _find(world.runs["digits-cnn"], "dying_relu", severity, layer="classifier.2")
+    client = world.client("vera")
+    changes = text_of(client, "/report?panel=changes")
+    assert "Rewind to a good state" in changes
+    assert "set_lr" not in changes
+    found = text_of(client, "/report?panel=runs")
+    assert found.index("of severity “critical”") < found.index("of severity “serious”")
+
+
+def test_the_wall_and_the_inbox_count_the_same(world: Any) -> None:
+    make_plan(world, "topics-lm", ["features.0", "features.6"])
+    waits = Adaptation.objects.filter(state=AdaptationState.AWAITING_APPROVAL)
+    tile = text_of(world.client("olga"), "/wall?panel=board").split("Wait for a person")[1]
+    count = inbox_count(User.objects.get(username="olga"))
+    assert count < waits.count()
+    assert tile.split("</div>")[0].split("</svg>")[1].startswith(f"{count}<")
 
 
 def test_the_report_counts_what_was_decided_in_its_week(world: Any) -> None:

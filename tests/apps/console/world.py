@@ -202,7 +202,7 @@ def make_remedies_of_run(world: World) -> None:
         finding="oscillating_loss",
         found={**FOUND, "slug": "oscillating_loss", "severity": "serious"},
         asks=[],
-        decided_rule="policy v1: risk low <= low, and it can be taken back",
+        decided_rule="policy v1: risk low needs no person, and it can be taken back",
         decided_at=timezone.now(),
         graft_step=world.runs["digits-cnn"].step // 2,
         pause_ms=1.2,
@@ -319,7 +319,7 @@ def build_world(*, steps: int = 120) -> World:
         blueprint=world.blueprints["proj_lora_64"],
         graft_step=world.runs["digits-cnn"].step // 2,
         end_reason="the loss rose 8 % above the forecast",
-        decided_rule="policy v1: confidence 0.80 >= 0.75 and risk low",
+        decided_rule="policy v1: confidence 0.80 ≥ 0.75 and risk low",
         asks=[],
         ended_at=timezone.now(),
     )

@@ -195,7 +195,7 @@ def _make_twenty(world: World, run: Run, names: list[str]) -> None:
             pause_ms=chance.uniform(1.2, 31.0) if grafted else None,
             certificate=CERTIFICATE if grafted else None,
             decided_by=world.people["olga"] if by_person else None,
-            decided_rule="" if by_person else "policy v2: confidence 0.86 >= 0.80 and risk low",
+            decided_rule="" if by_person else "policy v2: confidence 0.86 ≥ 0.80 and risk low",
             decided_at=timezone.now() - timedelta(minutes=201 - 9 * number),
             decision_reason="the layer has been flat for an hour" if by_person else "",
             rejected_for=RejectReason.TOO_COSTLY if end == A.REJECTED else "",
@@ -361,8 +361,8 @@ def _make_many_findings(world: World) -> None:
         "layers in all",
         "update_ratio_low": "up to step 900 the median update is at most 4.2e-06 of its weight, "
         "and the loss is {share}% of the first",
-        "exploding_gradient": "the gradient norm is 3.1e+04 in {name} and 2.9e+02 in lm_head, a "
-        "ratio of 1.1e+02",
+        "exploding_gradient": "the gradient norm is 31,000 in {name} and 290 in lm_head, a "
+        "ratio of 110",
     }
     record_findings(
         run=run,
