@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.diagnosis.observation import LayerPass, ModelPass
+from esper.diagnosis.facts import LayerPass, ModelPass
 from esper.diagnosis.output_gradient import CLOSE, classes_of, lag_of, with_loss
 from esper.diagnosis.samples import ROWS, is_readable, plain_kind_of, rows_of
 from esper.grafting.compiled import Compilation, anything_was_compiled

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.diagnosis.observation import GradientRow, Gradients, UpdateSettings
+from esper.diagnosis.facts import GradientRow, Gradients, UpdateSettings
 from esper.diagnosis.samples import FEW, TABLES, TRANSPOSED, is_graft, plain_kind_of, sampled
 from esper.diagnosis.updates import settings_of, strongest
 from esper.health.optimizer_steps import dense, has_numbers, norms_of, spread_sample

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from esper.diagnosis.observation import LossKind, ModelPass
+from esper.diagnosis.facts import LossKind, ModelPass
 
 CLOSE = 1e-3
 SOME = 8  # rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from esper.diagnosis.observation import UpdateSettings
+from esper.diagnosis.facts import UpdateSettings
 from esper.grafting.optimizers import is_torchs_own, unwrap_optimizer
 from esper.health.transfers import is_late
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from esper.contracts import Finding, HealthFrame, LayerInfo, Severity, ViolationRule
 from esper.diagnosis import Change, Diagnosed, Diagnosis, Observation, Recorder
-from esper.diagnosis.observation import Broken
+from esper.diagnosis.facts import Broken
 from esper.diagnosis.recorder import highest_rate
 from esper.diagnosis.updates import (
     EXCESSIVE,

@@ -4,7 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LayerPass, Observation, Unknown
+from esper.diagnosis.facts import LayerPass
+from esper.diagnosis.observation import Observation, Unknown
 
 LARGE = 10.0
 FITS = 3.0

@@ -6,7 +6,8 @@ from statistics import median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import ModelPass, Observation, Unknown
+from esper.diagnosis.facts import ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 
 ALIKE = 1e-3
 DIFFERENT = 0.1

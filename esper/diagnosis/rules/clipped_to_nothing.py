@@ -6,7 +6,8 @@ import numpy as np
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import Gradients, Observation, Unknown
+from esper.diagnosis.facts import Gradients
+from esper.diagnosis.observation import Observation, Unknown
 
 READINGS = 3
 LOW = 1e-5

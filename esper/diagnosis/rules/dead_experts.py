@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Gradients, Observation, Unknown
+from esper.diagnosis.facts import Gradients
+from esper.diagnosis.observation import Observation, Unknown
 
 READINGS = 8
 STEPS = 35

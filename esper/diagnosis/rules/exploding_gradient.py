@@ -5,7 +5,8 @@ from itertools import pairwise
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, amount
-from esper.diagnosis.observation import Gradients, LossKind, Observation, Unknown
+from esper.diagnosis.facts import Gradients, LossKind
+from esper.diagnosis.observation import Observation, Unknown
 
 RATIO = 70.0
 LARGE = 10.0

@@ -4,7 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import Gradients, Observation, Unknown
+from esper.diagnosis.facts import Gradients
+from esper.diagnosis.observation import Observation, Unknown
 
 SHARE, OVER = 0.1, 0.5
 FIRST_STEPS = 10

@@ -4,7 +4,8 @@ from typing import Any
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import Gradients, Observation, Unknown
+from esper.diagnosis.facts import Gradients
+from esper.diagnosis.observation import Observation, Unknown
 
 READINGS, STEP = 3, 30
 

@@ -5,7 +5,8 @@ import math
 from esper.contracts import Severity
 from esper.diagnosis import samples
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import ModelPass, Observation, Unknown
+from esper.diagnosis.facts import ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 
 MOST = 0.95
 ROWS = 128

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, of_size
-from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+from esper.diagnosis.facts import LossKind, ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.updates import STEADY
 
 ROWS = 8

@@ -6,7 +6,8 @@ import numpy as np
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, Observation, Unknown
+from esper.diagnosis.facts import LossKind
+from esper.diagnosis.observation import Observation, Unknown
 
 STEPS = 48
 BLOCKS = 12

@@ -6,7 +6,8 @@ import numpy as np
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import ModelPass, Observation, Unknown
+from esper.diagnosis.facts import ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 
 OUTWEIGHS = 10.0
 UNLEARNED = 0.95

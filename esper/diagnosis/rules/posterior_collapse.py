@@ -4,7 +4,8 @@ from itertools import pairwise
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import LayerPass, ModelPass, Observation, Unknown
+from esper.diagnosis.facts import LayerPass, ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 
 NEXT_TO_NOTHING, OF_FIRST = 0.05, 0.25
 NOISE = 0.5

@@ -4,7 +4,8 @@ from statistics import fmean, median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import CAME_TRAINED, LossKind, Observation, Unknown
+from esper.diagnosis.facts import LossKind
+from esper.diagnosis.observation import CAME_TRAINED, Observation, Unknown
 
 STEPS = 200
 GAIN = 0.01

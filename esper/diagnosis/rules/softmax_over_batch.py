@@ -4,7 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import LossKind, Observation, Unknown
+from esper.diagnosis.facts import LossKind
+from esper.diagnosis.observation import Observation, Unknown
 
 
 class SoftmaxOverBatch(Rule):

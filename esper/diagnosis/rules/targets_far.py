@@ -4,7 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
-from esper.diagnosis.observation import ModelPass, Observation, Unknown
+from esper.diagnosis.facts import ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 
 FAR = 20.0
 UNCHANGED = 0.8

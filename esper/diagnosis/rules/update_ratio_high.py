@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, amount, of_size
-from esper.diagnosis.observation import Gradients, Observation, Unknown
+from esper.diagnosis.facts import Gradients
+from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.updates import EXCESSIVE, STEADY
 
 FIRST = 0.3

@@ -4,7 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Gradients, Observation
+from esper.diagnosis.facts import Gradients
+from esper.diagnosis.observation import Observation
 
 SHARE, LOWERED_SHARE = 0.05, 1e-3
 PULL, LOWERED_PULL = 5.0, 0.1

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import CAME_TRAINED, LossKind, ModelPass, Observation, Unknown
+from esper.diagnosis.facts import LossKind, ModelPass
+from esper.diagnosis.observation import CAME_TRAINED, Observation, Unknown
 
 SAME_LOSSES = 3
 EXACT = 0.01

@@ -4,7 +4,8 @@ import math
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import LossKind, ModelPass, Observation, Unknown
+from esper.diagnosis.facts import LossKind, ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 
 NEAR = 1e-3
 SLACK = 0.01

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.observation import Observation, TensorFacts, Unknown
+from esper.diagnosis.facts import TensorFacts
+from esper.diagnosis.observation import Observation, Unknown
 
 
 class ZeroTimesZeroAdapter(Rule):

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import esper
 from esper.diagnosis.base import Memory
-from esper.diagnosis.observation import GradientRow, Gradients, Observation, TensorFacts
+from esper.diagnosis.facts import GradientRow, Gradients, TensorFacts
+from esper.diagnosis.observation import Observation
 from esper.diagnosis.rules.frozen_part import FrozenPart
 from tests.esper.diagnosis.small_runs import digits
 

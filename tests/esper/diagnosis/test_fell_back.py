@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from esper.diagnosis.base import Evidence, Memory
-from esper.diagnosis.observation import ModelPass, Observation, Unknown
+from esper.diagnosis.facts import ModelPass
+from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.rules.fell_back import FellBack
 from tests.esper.diagnosis.small_runs import Run, adam
 

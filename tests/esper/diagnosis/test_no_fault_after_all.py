@@ -15,15 +15,8 @@ from torch.nn import functional as F
 import esper
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory
-from esper.diagnosis.observation import (
-    GradientRow,
-    Gradients,
-    LossKind,
-    ModelPass,
-    Observation,
-    TensorFacts,
-    Unknown,
-)
+from esper.diagnosis.facts import GradientRow, Gradients, LossKind, ModelPass, TensorFacts
+from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.loss_spike import LossSpike
 from esper.diagnosis.rules.memorised_noise import MemorisedNoise

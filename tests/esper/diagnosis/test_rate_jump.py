@@ -7,7 +7,7 @@ import pytest
 
 from esper.diagnosis import Observation
 from esper.diagnosis.base import Evidence, Memory
-from esper.diagnosis.observation import LossKind, ModelPass
+from esper.diagnosis.facts import LossKind, ModelPass
 from esper.diagnosis.rules.rate_jump import FORGOTTEN_OPEN, RateJump
 
 JUMP_AT = 100

@@ -16,8 +16,10 @@ import esper
 from esper.contracts import Severity
 from esper.diagnosis import forward_probe
 from esper.diagnosis.base import Memory
-from esper.diagnosis.observation import LossKind, ModelPass, Observation
-from esper.diagnosis.recorder import Plan, Recorder
+from esper.diagnosis.facts import LossKind, ModelPass
+from esper.diagnosis.observation import Observation
+from esper.diagnosis.plan import Plan
+from esper.diagnosis.recorder import Recorder
 from esper.diagnosis.rules.imbalanced_classes import ImbalancedClasses
 from esper.fail_closed import FailClosed
 from esper.health.transfers import HostTransfer
@@ -728,7 +730,7 @@ def test_an_evaluation_that_switches_to_training_mode_is_found(evaluating: bool)
 def test_a_second_look_does_not_wait_for_a_long_period(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step is short, the plan of a run becomes rare, and one look opens no finding."""
     monkeypatch.setattr(
-        "esper.diagnosis.recorder.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
+        "esper.diagnosis.plan.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
     )
     torch.manual_seed(0)
     run = Run(
@@ -745,7 +747,7 @@ def test_a_run_whose_loss_jumps_is_looked_at_closely_although_its_looks_are_rare
 ) -> None:
     monkeypatch.setattr("esper.sdk.diagnosing.CLOSELY_EVERY", 200 / 6400)
     monkeypatch.setattr(
-        "esper.diagnosis.recorder.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
+        "esper.diagnosis.plan.Plan.adapt", lambda plan, *_: setattr(plan, "period", 6400)
     )
 
     def kill(run: Run, step: int) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Memory
-from esper.diagnosis.observation import LayerPass, LossKind, ModelPass, Observation
+from esper.diagnosis.facts import LayerPass, LossKind, ModelPass
+from esper.diagnosis.observation import Observation
 from esper.diagnosis.rules.saturation import Saturation
 
 

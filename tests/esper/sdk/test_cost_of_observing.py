@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import esper
-from esper.diagnosis import recorder
+from esper.diagnosis import plan
 from esper.grafting import optimizers
 from esper.sdk import idle_steps
 from esper.sdk.run_state import LOSSES_KEPT
@@ -45,8 +45,8 @@ def calls(inside: str = "") -> Iterator[list[int]]:
 @pytest.fixture
 def observed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Callable[[int], None]]:
     """A session in observe mode with fixed periods, and what trains so many steps more."""
-    monkeypatch.setattr(recorder, "MEASURED_AT", ())
-    monkeypatch.setattr(recorder, "PERIOD", PERIOD)
+    monkeypatch.setattr(plan, "MEASURED_AT", ())
+    monkeypatch.setattr(plan, "PERIOD", PERIOD)
     ticks = itertools.count()
     monkeypatch.setattr(idle_steps, "time", lambda: 1e9 + 1e-3 * next(ticks))
     torch.manual_seed(0)

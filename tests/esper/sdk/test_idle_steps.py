@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import esper
-from esper.diagnosis import recorder
+from esper.diagnosis import plan
 from esper.remedies import good_states
 from esper.sdk import idle_steps
 
@@ -85,7 +85,7 @@ def test_a_run_with_idle_steps_knows_the_same(
         surgery_on_step(surgery)
 
     monkeypatch.setattr(esper.sdk.surgery.Surgery, "on_step", counted)
-    monkeypatch.setattr(recorder, "MEASURED_AT", ())  # no plan that follows the machine's speed
+    monkeypatch.setattr(plan, "MEASURED_AT", ())  # no plan that follows the machine's speed
     monkeypatch.setattr(good_states, "SHARE", math.inf)
     found = []
     for tick in (0.0, 1.0):  # all within a quarter of a second, and none
