@@ -63,7 +63,8 @@ class RunState:
         self.rewinds += 1
 
     def give_up(self, back_to: int) -> None:
-        """A remedy put in the weights of an earlier step; what came of them stays on record."""
+        """A remedy put in the weights of an earlier step, or a graft that was applied then is out
+        of the model: what came since does not measure the run, and stays on record."""
         self.given_up = [gap for gap in self.given_up if gap[0] < back_to]
         self.given_up.append((back_to, self.step))
         self.rewinds += 1

@@ -218,7 +218,7 @@ class Surgery:
             receipt=receipt,
             grafted_at=time.time(),
             guarded_until=run.step + run.policy.probation_steps,
-            loss_before=tuple(run.losses),
+            loss_before=tuple(run.losses_of_its_weights()),
         )
         self.changes.add_graft(adaptation)
         self._say_what_can_be_undone()
@@ -376,6 +376,8 @@ class Surgery:
         if hard:
             self.changes.drop_since(adaptation)
             self._run.go_back(adaptation.step)
+        else:
+            self._run.give_up(adaptation.step)  # the losses since were those of a larger model
         gone = self.changes.mark_gone(state)
         self.remove_idle_slots()
         self._follow_up(restored=True)
