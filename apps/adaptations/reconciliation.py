@@ -48,6 +48,22 @@ def put_in_doubt(
     return adaptations
 
 
+def withdraw_proposals(run: Run, actor: Actor) -> list[Adaptation]:
+    """Nobody can approve what an earlier trainer was asked; the new one proposes what still holds.
+
+    In a transaction.
+    """
+    adaptations = locked_adaptations(run, (S.AWAITING_APPROVAL,))
+    for adaptation in adaptations:
+        transition(
+            adaptation,
+            S.SUPERSEDED,
+            actor=actor,
+            reason="the trainer was started again, and proposes anew",
+        )
+    return adaptations
+
+
 def reconcile_grafts(run: Run, reported: Mapping[str, Applied], actor: Actor) -> list[Adaptation]:
     """Settle what is in doubt by the grafts that the model holds. In a transaction.
 

@@ -71,6 +71,7 @@ from apps.adaptations.reconciliation import (
     put_in_doubt,
     reconcile_grafts,
     reconcile_remedies,
+    withdraw_proposals,
 )
 from apps.adaptations.remedy_proposals import ask_for_remedy, propose_remedy, withdraw_answered
 from apps.adaptations.remedy_verdicts import judge_remedy
@@ -191,5 +192,6 @@ __all__ = [
     "waiting_variants",
     "why_not_delegated",
     "withdraw_answered",
+    "withdraw_proposals",
     "withdraw_variant",
 ]

@@ -7,7 +7,7 @@ from django.db import transaction
 
 from apps.accounts.actors import Actor
 from apps.accounts.models import DEFAULT_PROJECT, User
-from apps.adaptations.services import put_in_doubt
+from apps.adaptations.services import put_in_doubt, withdraw_proposals
 from apps.kernels.services import plan_warm_up
 from apps.policies.services import current_policy
 from apps.rest.clock import now as database_now
@@ -26,13 +26,18 @@ def register_run(
     run_uid: str = "",
     project_id: int = DEFAULT_PROJECT,
 ) -> Registration:
-    """Registers a run; on a restart, what the former trainer did is in doubt, its findings over."""
+    """Registers a run.
+
+    On a restart, what the former trainer did is in doubt, its findings are over, and what it
+    proposed and nobody has decided is withdrawn.
+    """
     registration = runs.register_run(
         owner=owner, actor=actor, spec=spec, run_uid=run_uid, project_id=project_id
     )
     run = registration.run
     if registration.resumed:
         put_in_doubt(run, actor)
+        withdraw_proposals(run, actor)
         close_findings(run=run)
     else:
         plan_warm_up(run_uid=run.uid, layers=run.layers, capability=run.capability)

@@ -312,12 +312,15 @@ def test_a_row_that_was_changed_in_the_database_cannot_be_approved(stage: Stage)
     assert Adaptation.objects.get(pk=adaptation.pk).state == S.AWAITING_APPROVAL
 
 
-def test_a_proposal_to_a_trainer_that_was_started_again_cannot_be_approved(stage: Stage) -> None:
+def test_a_proposal_to_a_trainer_that_was_started_again_is_withdrawn(stage: Stage) -> None:
     adaptation = stage.waiting()
     stage.restart_trainer()
     with pytest.raises(Problem) as caught:
         act("approve", adaptation, stage.operator)
-    assert (caught.value.status, caught.value.code) == (409, "old-epoch")
+    assert (caught.value.status, caught.value.code) == (409, "decision-not-pending")
+    withdrawn = Adaptation.objects.get(pk=adaptation.pk)
+    assert withdrawn.state == S.SUPERSEDED
+    assert withdrawn.end_reason == "the trainer was started again, and proposes anew"
 
 
 def test_a_claim_holds_the_others_off_until_it_is_released(stage: Stage) -> None:
