@@ -110,11 +110,8 @@ def _propose(run: Run, proposal: RemedyProposal, actor: Actor) -> Adaptation:
     own = Adaptation.objects.filter(run=run)
     known = own.filter(idempotency_key=key).first()
     known = known or own.filter(finding=slug).exclude(state__in=ADAPTATION_ENDED).first()
-    if known is not None and (known.state != S.AWAITING_APPROVAL or known.run_epoch == run.epoch):
+    if known is not None:
         return known
-    if known is not None:  # its approval would be for a trainer that is gone
-        reason = "the trainer was started again, and proposes anew"
-        transition(known, S.SUPERSEDED, actor=actor, reason=reason)
     record_findings(run=run, findings=[proposal.finding])  # telemetry may bring it later
     remedy = known_remedy(run, proposal.remedy, proposal.layer, proposal.config)
     wanted = _Wanted(
@@ -264,7 +261,7 @@ def withdraw_answered(run: Run, findings: Sequence[Finding]) -> None:
             adaptation,
             S.SUPERSEDED,
             actor=SYSTEM,
-            reason=f"{adaptation.finding.replace('_', ' ')} was over at step {step:,}",
+            reason=f"its finding was over at step {step:,}",
         )
 
 

@@ -519,7 +519,7 @@ _STAGES: tuple[tuple[str, frozenset[AdaptationState], frozenset[AdaptationState]
     (gettext_noop("Proposed"), frozenset({_A.PROPOSED}), frozenset()),
     (
         gettext_noop("Decided"),
-        frozenset({_A.APPROVED}),
+        frozenset({_A.APPROVED, _A.REJECTED}),
         frozenset({_A.AWAITING_APPROVAL}),
     ),
     (

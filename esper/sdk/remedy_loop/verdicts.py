@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from esper.contracts import Severity, Signal
-from esper.diagnosis import Diagnosed
+from esper.diagnosis import Diagnosed, get_rule
 from esper.exceptions import EsperError
 from esper.remedies import get_remedy
 from esper.sdk.announcing import Announcer
@@ -74,9 +74,9 @@ class Verdicts:
         age = self._run.step - treatment.step
         if found is None or found.severity is Severity.INFO:  # a note, which nothing answers
             if age >= KEPT_AFTER_STEPS:
-                self.keep(treatment, f"{treatment.finding} is over")
+                self.keep(treatment, f"{_title(treatment.finding)} is over")
         elif age >= self._window(treatment, found):
-            self._fail(treatment, f"{treatment.finding} is still open")
+            self._fail(treatment, f"{_title(treatment.finding)} is still open")
         return None
 
     def _judge_asked_for(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
@@ -85,7 +85,7 @@ class Verdicts:
             return self.keep(treatment, "it changes nothing")
         serious = (Severity.SERIOUS, Severity.CRITICAL)
         new = [
-            found.rule.slug
+            found.rule.title
             for found in open_.values()
             if found.severity in serious and found.since_step > treatment.step
         ]
@@ -152,7 +152,7 @@ class Verdicts:
             self._proposer.judge(
                 treatment.adaptation,
                 keep=keep,
-                reason=reason.replace("_", " "),  # for a person
+                reason=reason,
                 step=self._run.step,
                 steps=max(0, self._run.step - treatment.step),
                 hard=hard,
@@ -160,9 +160,14 @@ class Verdicts:
 
 
 def _critical_since(treatment: Treatment, open_: dict[str, Diagnosed]) -> list[str]:
-    """Slugs of critical findings that began after it."""
+    """Titles of critical findings that began after it."""
     found = (entry for entry in open_.values() if entry.severity is Severity.CRITICAL)
-    return [entry.rule.slug for entry in found if entry.since_step > treatment.step]
+    return [entry.rule.title for entry in found if entry.since_step > treatment.step]
+
+
+def _title(finding: str) -> str:
+    """As people call it, in quotes."""
+    return f"“{get_rule(finding).title}”"
 
 
 def _to_learn_again(treatment: Treatment) -> int:

@@ -46,7 +46,7 @@ def test_the_decision_page_of_a_remedy(sick: Any) -> None:
 def test_the_page_of_a_kept_remedy(sick: Any) -> None:
     text = page(sick, "olga", "slower")
     main = text[text.index("<main") : text.index("</main>")]
-    for words in ("Halve the learning rate", "Take back", "Oscillating loss is over", "Applied"):
+    for words in ("Halve the learning rate", "Take back", "“Oscillating loss” is over", "Applied"):
         assert words in main, words
     for words in (*GRAFTS_OWN, "It did not reach the run"):
         assert words not in main, words

@@ -65,7 +65,7 @@ REASONS = {
     A.NOT_APPLIED: "the optimizer holds fused parameter groups that cannot be extended",
     A.ROLLBACK_FAILED: "the trainer did not confirm the rollback before the deadline",
     A.APPLY_FAILED: "the output changed by 0.003, which is more than the tolerance",
-    A.SUPERSEDED: "dying relu was over at step 41,200",
+    A.SUPERSEDED: "its finding was over at step 41,200",
     A.KEPT: "the gain's interval is above the smallest gain that matters",
 }
 
