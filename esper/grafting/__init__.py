@@ -16,7 +16,7 @@ from esper.exceptions import IncompatibleLayerError, UnknownLayerError
 from esper.grafting.apply import apply_graft
 from esper.grafting.certify import certify, sample_input, stand_in
 from esper.grafting.companion import accompany, companions_of
-from esper.grafting.copies import audit_copies, check_copy, let_follow
+from esper.grafting.copies import audit_copies, bare_copy, check_copy, let_follow
 from esper.grafting.digests import digest
 from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
 from esper.grafting.guard import (
@@ -80,6 +80,7 @@ __all__ = [
     "apply_graft",
     "audit",
     "audit_copies",
+    "bare_copy",
     "build_grafts_of_loaded_states",
     "certify",
     "check_copy",

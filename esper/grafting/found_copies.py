@@ -21,7 +21,7 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,15 +30,19 @@ from torch import Tensor, nn
 
 from esper.by_identity import WeaklyByIdentity
 from esper.exceptions import ConfigurationError
+from esper.fail_closed import contained
 from esper.grafting.copied_parts import CopiedParts
 from esper.grafting.copies import bare_copy, check_copy
-from esper.grafting.kept_by_hand import KeptByHand
+from esper.grafting.kept_by_hand import FIRST, KeptByHand
 from esper.grafting.loading import build_grafts_of_loaded_states
+from esper.grafting.named_by_script import NamedByScript
+from esper.grafting.script_objects import script_objects
 from esper.grafting.state_dicts import is_followed
 from esper.grafting.tensor_forms import shape_of
 from esper.grafting.versions import writes_to
 
 SEARCH_SHARE = 1 / 200  # of the process's time since its first search
+MARKED = 4  # matrices of a copy of which some numbers are kept
 REFERENCE = (
     "a copy of the model gets gradients, and no optimizer trains it: the script may pair its "
     "tensors with the model's, as SVRG does, which a graft would shift. Call requires_grad_(False) "
@@ -85,6 +89,7 @@ class Copies(Sequence[Any]):
 
     Attributes:
         by_hand: averages that are no modules.
+        named: what else the script looks up by the parameters' names.
         parts: copies of parts of the model.
     """
 
@@ -96,9 +101,11 @@ class Copies(Sequence[Any]):
         self._own: MutableMapping[nn.Module, None] = WeaklyByIdentity()
         # copy -> it is inside an AveragedModel
         self._seen: MutableMapping[nn.Module, bool] = WeaklyByIdentity()
+        self._marks: MutableMapping[nn.Module, list[Tensor]] = WeaklyByIdentity()
         self._wanted = False
         self._searched = False
         self.by_hand = KeptByHand()
+        self.named = NamedByScript()
         self.parts = CopiedParts(model)
 
     def __len__(self) -> int:
@@ -123,6 +130,7 @@ class Copies(Sequence[Any]):
         """After each step: the search, once its time is a small part of the process's."""
         if self._wanted and not self._searched and search_time.is_left:
             self.search()
+            self.look_at_script()
 
     def search(self) -> None:
         """Finds the copies that exist. Looks at every object of the process, so it does so once."""
@@ -133,10 +141,13 @@ class Copies(Sequence[Any]):
         with search_time.taken():
             self._search(model)
 
-    def search_for_graft(self) -> None:
+    def search_for_graft(self) -> bool:
         """A graft that is no line of the script comes soon: finds what the script made since.
 
         As EWC does, which keeps its anchors once the first task is learned.
+
+        Returns:
+            Whether the graft should wait for the next step, as it is not known what of it stays.
         """
         model = self._model()
         if (
@@ -150,14 +161,52 @@ class Copies(Sequence[Any]):
                 _, tensors, _ = _living(model, ())
                 self.by_hand.search(model, tensors)
         self.search()
-        self.by_hand.awaited = True
+        began, self.by_hand.awaited = not self.by_hand.awaited, True
+        return began and self.look_at_script()
+
+    @contained("look at the variables of the script", "What it keeps by names gets no grafts.")
+    def look_at_script(self) -> bool:
+        """Remembers what the script looks up by name; True: there is something new.
+
+        Of a copy, some numbers are remembered: torch counts no writes through ``.data``.
+        """
+        model = self._model()
+        if model is None:
+            return False
+        found = list(script_objects())
+        self._mark(other for other in found if type(other) is type(model) and other is not model)
+        return self.named.note(model, found)
+
+    def look(self) -> None:
+        """After each step: what the script has made, or has dropped."""
+        self.by_hand.look()
+        self.named.let_go()
+        self._mark(self._own)
+
+    def _mark(self, copies: Iterable[nn.Module]) -> None:
+        for copied in copies:
+            if copied not in self._marks:
+                self._marks[copied] = _some_numbers(copied)
+
+    def _was_written(self, found: nn.Module) -> bool:
+        if _was_written(found):
+            return True
+        marks, numbers = self._marks.get(found, []), _some_numbers(found)
+        return any(
+            a.shape != b.shape or not torch.equal(a, b.to(a.device))
+            for a, b in zip(marks, numbers, strict=False)
+        )
 
     def _search(self, model: nn.Module) -> None:
         found, tensors, modules = _living(model, self.parts.kinds())
         self.by_hand.search(model, tensors)
         self.parts.search(modules)
         others = [other for other, averaged in found if not averaged]
-        may_follow = any(_alike(model, other) and _may_be_average(other) for other in others)
+        may_follow = any(
+            self._was_written(other) and not _is_trained(other)
+            for other in others
+            if _alike(model, other)
+        )
         if may_follow or self.by_hand.found:
             # It may be of an earlier run that nothing uses any more, which is in nobody's way.
             # Collecting takes as long as many steps, so it is not done where there is none; the
@@ -189,7 +238,7 @@ class Copies(Sequence[Any]):
             found
             for found, averaged in alike.items()
             if not any(found is rival for rival in rivals)
-            and (averaged or _was_written(found))
+            and (averaged or self._was_written(found))
             and (averaged or found in self._own or _is_near(found, model))
             and (found in self._own or _is_nearest(found, model, rivals))
         )
@@ -208,7 +257,7 @@ class Copies(Sequence[Any]):
             return ""
         alike = (found for found in self._seen if _has_gradients(found) and _alike(model, found))
         # What was made otherwise and written to is another model, which trains by itself.
-        kept = (found for found in alike if found in self._own or not _was_written(found))
+        kept = (found for found in alike if found in self._own or not self._was_written(found))
         return REFERENCE if any(not _has_state(found) for found in kept) else ""
 
     def _note(self, found: nn.Module, *, averaged: bool) -> None:
@@ -269,8 +318,13 @@ def _was_written(found: nn.Module) -> bool:
     return any(writes_to(parameter) for parameter in found.parameters())
 
 
-def _may_be_average(found: nn.Module) -> bool:
-    return _was_written(found) and not _is_trained(found)
+def _some_numbers(found: nn.Module) -> list[Tensor]:
+    """Of the first matrices, on their device, so that nothing waits for it."""
+    matrices = [
+        p for p in found.parameters() if len(shape_of(p) or ()) > 1 and p.layout is torch.strided
+    ]
+    kept = matrices[:MARKED]
+    return [p.detach()[(0,) * (p.ndim - 1)][:FIRST].clone() for p in kept if p.numel()]
 
 
 def _is_trained(found: nn.Module) -> bool:

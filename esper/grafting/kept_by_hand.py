@@ -139,25 +139,25 @@ class KeptByHand:
 
     def reason(self, layer: str) -> str:
         """Why this layer takes no graft; empty: no such average of its part is known."""
-        return next((r for part, r in self._reasons.items() if _is_in(layer, part)), "")
+        return next((r for part, r in self._reasons.items() if is_in(layer, part)), "")
 
     def reason_for_policy(self, layer: str) -> str:
         """Why nobody but the script itself may graft there."""
         if reason := self.reason(layer):
             return reason
         for kept in self._unchanged:
-            if _is_in(layer, kept.part) and kept.lives:
+            if is_in(layer, kept.part) and kept.lives:
                 return kept.text
         return ""
 
     def _note(self, suspect: _Suspect) -> None:
         kind = "dict" if isinstance(suspect.holder, dict) else "list"
-        text = AVERAGE.format(f"a {kind} of {len(suspect.holder)}", _owner(suspect.part))
+        text = AVERAGE.format(f"a {kind} of {len(suspect.holder)}", owner_of(suspect.part))
         self._reasons[suspect.part] = text
 
 
 def _unchanged(part: str, holder: Holder) -> _Unchanged:
-    text = (DICT if isinstance(holder, dict) else LIST).format(len(holder), _owner(part))
+    text = (DICT if isinstance(holder, dict) else LIST).format(len(holder), owner_of(part))
     tensors = list(map(weakref.ref, _values(holder)))
     return _Unchanged(part, text, tensors, isinstance(holder, dict))
 
@@ -176,11 +176,13 @@ def _is_saved_state(holder: Holder, part: str, module: nn.Module) -> bool:
     )
 
 
-def _is_in(layer: str, part: str) -> bool:
+def is_in(layer: str, part: str) -> bool:
+    """Of the whole, the name is empty."""
     return not part or layer == part or layer.startswith(f"{part}.")
 
 
-def _owner(part: str) -> str:
+def owner_of(part: str) -> str:
+    """Whose parameters, in a sentence."""
     return f"{part!r} part's" if part else "model's"
 
 
@@ -188,7 +190,9 @@ def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Holde
     """(part, holder) of all containers whose tensors have the form of a part's parameters."""
     others = [tensor for tensor in tensors if type(tensor) is Tensor]
     counts = Counter(map(shape_of, others))
-    wanted = {part: forms for part, forms in _forms(model).items() if _shapes(forms[-1]) <= counts}
+    wanted = {
+        part: forms for part, forms in forms_of(model).items() if _shapes(forms[-1]) <= counts
+    }
     found = _of_whole(wanted.pop(""), others, counts) if "" in wanted else []
     pairs = [("", holder) for holder in found]
     known = {id(holder) for holder in found}
@@ -198,7 +202,7 @@ def _pairs(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, Holde
     return [(part, holder) for part, holder in pairs if id(holder) not in own]
 
 
-def _forms(model: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], ...]]:
+def forms_of(model: nn.Module) -> dict[str, tuple[Mapping[str, Tensor], ...]]:
     """part -> what a container may hold of it; the last is what it holds at least."""
     forms: dict[str, tuple[Mapping[str, Tensor], ...]] = {}
     seen: set[frozenset[int]] = set()

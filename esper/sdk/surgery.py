@@ -264,6 +264,11 @@ class Surgery:
             (layer.name for layer in self._layers.own if layer.in_shape),
             by_script=by_script,
         )
+        reason = reason or self.copies.named.reason(
+            self.model,
+            operation.layer.name,
+            map(grafting.bare_copy, self.copies),
+        )
         reason = reason or self._ledger.replaced
         if reason:
             raise IncompatibleLayerError(
@@ -273,7 +278,7 @@ class Surgery:
     def find_averages(self) -> None:
         """After each step, so that few grafts wait for the search, and for what it is to show."""
         self.copies.search_in_time()
-        self.copies.by_hand.look()
+        self.copies.look()
 
     def on_frame(self, frame: HealthFrame) -> None:
         """Notes which layers had a gradient: the script may clear it before the step ends."""
@@ -286,8 +291,7 @@ class Surgery:
         keeps an average by hand is not known yet."""
         if checkpoint.is_sharded(self._surroundings):
             return False
-        self.copies.search_for_graft()
-        return self.copies.by_hand.undecided
+        return self.copies.search_for_graft() or self.copies.by_hand.undecided
 
     @property
     def watches_script(self) -> bool:

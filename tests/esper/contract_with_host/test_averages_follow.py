@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,14 @@ class ByHand:
             mine.mul_(DECAY).add_(theirs, alpha=1 - DECAY)
 
 
+class ThroughData(ByHand):
+    """As many target networks are moved; torch counts no writes to ``.data``."""
+
+    def update_parameters(self, model: nn.Module) -> None:
+        for mine, theirs in zip(self.module.parameters(), model.parameters(), strict=False):
+            mine.data.copy_(DECAY * mine.data + (1 - DECAY) * theirs.data)
+
+
 class Frozen(ByHand):
     def copy_of(self, model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).requires_grad_(False)
@@ -70,6 +79,7 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
     "AveragedModel": torchs,
     "deep copy": ByHand,
     "frozen deep copy": Frozen,
+    "through .data": ThroughData,
     "over states": OverStates,
 }
 
@@ -418,6 +428,114 @@ def test_tensors_that_a_script_pairs_by_hand_stay_pairs(kind: type[Any]) -> None
         with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
             session.graft("0", "proj_lora_64")
     train()
+
+
+class Rates:
+    """Of each parameter, in a dict of plain numbers, which the garbage collector does not know."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rates = {name: 0.9**at for at, (name, _) in enumerate(model.named_parameters())}
+
+    def update_parameters(self, model: nn.Module) -> None:
+        assert all(self.rates[name] for name, _ in model.named_parameters())
+
+
+class RatesOfClass(Rates):
+    """In a configuration that is a class."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.rates = type("Configuration", (), vars(self)).rates  # type: ignore[attr-defined]
+
+
+class Histories(Rates):
+    def __init__(self, model: nn.Module) -> None:
+        self.rates = {name: [0.1] for name, _ in model.named_parameters()}  # type: ignore[misc]
+
+
+class InBuffers(nn.Module):
+    """As LitEma of the diffusion models: names without dots, in a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(DECAY))
+        for name, p in model.named_parameters():
+            self.register_buffer(name.replace(".", ""), p.detach().clone())
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            getattr(self, name.replace(".", "")).lerp_(p, 1 - DECAY)
+
+
+class Stacked:
+    """Members of an ensemble, stacked anew in each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.members = [model, copy.deepcopy(model)]
+        self.update_parameters(model)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        self.stacked = torch.func.stack_module_state(self.members)
+
+
+class ParametersOfCopy:
+    """A dict of the parameters of an average that gets each graft, made once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.average = copy.deepcopy(model)
+        self.parameters = dict(self.average.named_parameters())
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            self.parameters[name].lerp_(p, 1 - DECAY)
+
+
+@pytest.mark.parametrize("mode", ["observe", "supervised"])
+@pytest.mark.parametrize(
+    "kind", [Rates, RatesOfClass, Histories, InBuffers, Stacked, ParametersOfCopy]
+)
+def test_what_a_script_looks_up_by_names_is_refused_to_itself_too(
+    kind: type[Any], mode: Literal["observe", "supervised"]
+) -> None:
+    session, train = run_beside(kind, mode)
+
+    with pytest.raises(
+        IncompatibleLayerError, match=r"names of a graft in it|would have none|find those of"
+    ):
+        session.graft("0", "proj_lora_64")
+    train()
+
+
+class Norms:
+    """What is logged in each step is made anew in the next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.update_parameters(model)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        self.norms = {name: p.norm().item() for name, p in model.named_parameters()}
+
+
+def test_what_a_script_logs_by_names_is_in_nobodys_way() -> None:
+    session, train = run_beside(Norms)
+
+    surgery = session._parts.surgery
+    surgery.apply(surgery.planned("0", "proj_lora_64", "", {}))
+    train()
+    session.graft("3", "proj_lora_64")
+    train()
+
+
+def test_a_look_at_the_variables_of_a_script_keeps_none_of_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    data = torch.ones(2, 4)
+    freed = weakref.ref(data)
+    session = esper.attach(model, torch.optim.SGD(model.parameters(), 0.1), verbose=False)
+    session.close()
+    del data
+    assert freed() is None
 
 
 @pytest.mark.parametrize("kind", [WholeState, InOrder])
