@@ -21,7 +21,7 @@ from apps.adaptations.editing import edit_settings
 from apps.adaptations.evidence import evidence_drift, evidence_now
 from apps.adaptations.history import why_stopped
 from apps.adaptations.lifecycle import StaleAdaptationError, transition
-from apps.adaptations.models import Adaptation
+from apps.adaptations.models import Adaptation, Plan
 from apps.adaptations.shadows import may_shadow
 from apps.adaptations.variants import check_still_admitted
 from apps.adaptations.votes import has_voted, vote, votes_missing, votes_needed
@@ -410,19 +410,25 @@ def prepare_act(adaptation: Adaptation, user: User, act: str, version: int | Non
     permission = permissions(adaptation, user)[act]
     if permission.code == "decision-not-pending":
         raise StaleAdaptationError(adaptation)
+    check_act(permission, adaptation, f"A-{adaptation.number}", version)
+
+
+def check_act(
+    permission: Permission, found: Adaptation | Plan, name: str, version: int | None
+) -> None:
+    """Raises ``Problem``: the act is refused, or 412: the person has seen another version."""
     if not permission.allowed:
-        raise refusal(permission, adaptation.run)
-    if required_version(version) != adaptation.version:
+        raise _refusal(permission, found.run)
+    if required_version(version) != found.version:
         raise Problem(
             412,
             "version-changed",
-            f"A-{adaptation.number} is at version {adaptation.version}, you saw version {version}. "
-            "Load it again.",
-            version=adaptation.version,
+            f"{name} is at version {found.version}, you saw version {version}. Load it again.",
+            version=found.version,
         )
 
 
-def refusal(permission: Permission, run: Run) -> Problem:
+def _refusal(permission: Permission, run: Run) -> Problem:
     """The problem of an act that is refused; of a freeze with its end."""
     status = _STATUS_OF_REFUSAL.get(permission.code, 403)
     freeze = freeze_over(run.project_id) if permission.code == "freeze" else None

@@ -10,12 +10,12 @@ from apps.accounts.actors import Actor
 from apps.accounts.models import User
 from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.acts import (
+    check_act,
     check_binding,
     check_drift,
     check_reason,
     go_ahead,
     may_approve,
-    refusal,
 )
 from apps.adaptations.binding import plan_hash
 from apps.adaptations.lifecycle import transition
@@ -29,7 +29,6 @@ from apps.adaptations.plan_progress import (
 )
 from apps.adaptations.votes import vote, votes_missing, votes_needed
 from apps.rest.clock import now as database_now
-from apps.rest.etag import required_version
 from apps.rest.problems import Problem
 from apps.runs.services import lock_run
 from esper.contracts import AdaptationState, PlanState, RejectReason, Risk
@@ -220,13 +219,4 @@ def _prepare(plan: Plan, user: User, act: str, version: int | None) -> None:
     permission = plan_permissions(plan, user)[act]
     if permission.code == "decision-not-pending":
         raise StalePlanError(plan)
-    if not permission.allowed:
-        raise refusal(permission, plan.run)
-    if required_version(version) != plan.version:
-        raise Problem(
-            412,
-            "version-changed",
-            f"P-{plan.number} is at version {plan.version}, you saw version {version}. Load it "
-            "again.",
-            version=plan.version,
-        )
+    check_act(permission, plan, f"P-{plan.number}", version)

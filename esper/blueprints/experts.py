@@ -33,10 +33,9 @@ class Expert(Graft):
 
     Alone, the gate is ``2 σ(k · x)``, which starts at one. In a slot with an older router it joins
     the router: the gate is then its share ``exp(k · x) / (exp(k · x) + Σ exp(logit_e))`` of a
-        softmax
-    over the router's experts and itself. The router's choice and gates do not change, because a new
-    expert that replaced a trained one would change the output. For the same reason an expert that
-    is older than the router keeps its own gate.
+    softmax over the router's experts and itself. The router's choice and gates do not change,
+    because a new expert that replaced a trained one would change the output. For the same reason an
+    expert that is older than the router keeps its own gate.
     """
 
     channel_axis: int
@@ -46,9 +45,8 @@ class Expert(Graft):
         super().__init__()
         self.branch = branch
         self.key = key  # [1, I]
-        self._routers: tuple[
-            Router, ...
-        ] = ()  # in a tuple, so that it is not registered as a child
+        # In a tuple, so that it is not registered as a child.
+        self._routers: tuple[Router, ...] = ()
 
     def join(self, neighbours: Sequence[Graft]) -> None:
         older = [n for n in neighbours[: list(neighbours).index(self)] if isinstance(n, Router)]
@@ -74,7 +72,7 @@ class Expert(Graft):
 
 
 class GatedBranch(FeedForward):
-    """Base that adds the cost of the key and the gate."""
+    """Adds the key and the gate to a feed-forward branch, and their cost."""
 
     category = BlueprintCategory.MIXTURE_OF_EXPERTS
     adaptation_type = AdaptationType.ADD_MOE
@@ -101,14 +99,14 @@ class GatedBranch(FeedForward):
         kept = rows * experts * max(layout.dtype_bytes(layer), FLOAT32_BYTES)
         return 2 * rows * layer.features_in * experts, kept
 
-
-class GeluExpert(GatedBranch, GeluFeedForward):
     def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
         branch = self.make_branch(layer, config, weights)
         return Expert(branch, weights.zeros(1, layer.features_in))
+
+
+class GeluExpert(GatedBranch, GeluFeedForward):
+    """Builds an :class:`Expert` with a :class:`GeluBranch`."""
 
 
 class SwigluExpert(GatedBranch, SwigluFeedForward):
-    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
-        branch = self.make_branch(layer, config, weights)
-        return Expert(branch, weights.zeros(1, layer.features_in))
+    """Builds an :class:`Expert` with a :class:`SwigluBranch`."""

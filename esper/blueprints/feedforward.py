@@ -129,6 +129,15 @@ class FeedForward(Blueprint):
         kept = self._kept_per_unit()
         return kept * rows * int(config["hidden"]) * layout.dtype_bytes(layer)
 
+    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
+        return self.make_branch(layer, config, weights)
+
+    @abstractmethod
+    def make_branch(
+        self, layer: LayerInfo, config: dict[str, Any], weights: Initializer
+    ) -> GeluBranch | SwigluBranch:
+        """The branch of this size; it changes nothing yet."""
+
     @abstractmethod
     def _weights_per_unit(self, layer: LayerInfo) -> int:
         """Parameters of one hidden unit, biases included."""
@@ -148,9 +157,6 @@ class FeedForward(Blueprint):
 
 class GeluFeedForward(FeedForward):
     """Builds a :class:`GeluBranch`."""
-
-    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
-        return self.make_branch(layer, config, weights)
 
     def make_branch(
         self, layer: LayerInfo, config: dict[str, Any], weights: Initializer
@@ -176,9 +182,6 @@ class GeluFeedForward(FeedForward):
 
 class SwigluFeedForward(FeedForward):
     """Builds a :class:`SwigluBranch`."""
-
-    def make(self, layer: LayerInfo, config: dict[str, Any], weights: Initializer) -> Graft:
-        return self.make_branch(layer, config, weights)
 
     def make_branch(
         self, layer: LayerInfo, config: dict[str, Any], weights: Initializer

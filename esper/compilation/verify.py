@@ -27,6 +27,9 @@ from esper.contracts.kernels import (
 )
 from esper.exceptions import CodecError, KernelDigestError, SignatureError
 
+PACKAGE_FILE = "model.pt2"
+PACKAGE_FORMAT = "esper-package-1"
+MAX_PACKAGE_BYTES = 16 * 1024**3
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,9 +49,8 @@ def open_kernel(
 ) -> tuple[KernelKey, KernelSpec, KernelReport]:
     """Verifies and reads an untrusted kernel of tier 0; refuses kernels with code.
 
-    Checks come before parsing: sizes, the manifest's digest, its signature, the other files'
-        digests,
-    then their content.
+    Checks come before parsing: sizes, the manifest's digest, its signature, the digests of the
+    other files, then their content.
 
     Args:
         files: exactly the files of ``BUNDLE_FILES``.
@@ -81,11 +83,6 @@ def open_compiled(
     return (*_open(files, digest, trusted_key, listed=listed, tier=1), files[CODE_FILE])
 
 
-PACKAGE_FILE = "model.pt2"
-PACKAGE_FORMAT = "esper-package-1"
-MAX_PACKAGE_BYTES = 16 * 1024**3
-
-
 def open_package(
     files: Mapping[str, bytes], digest: str, trusted_key: str
 ) -> tuple[dict[str, Any], bytes]:
@@ -100,12 +97,7 @@ def open_package(
     check_digest(digest)
     if set(files) != {MANIFEST_FILE, SIGNATURE_FILE, PACKAGE_FILE}:
         raise KernelDigestError("missing or unexpected files", digest=digest)
-    manifest, package = files[MANIFEST_FILE], files[PACKAGE_FILE]
-    if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
-        raise KernelDigestError(
-            "the manifest has another digest than the requested one", digest=digest
-        )
-    _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
+    manifest, package = _signed_manifest(files, digest, trusted_key), files[PACKAGE_FILE]
     try:
         listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
         same = (
@@ -134,12 +126,7 @@ def _open(
 ) -> tuple[KernelKey, KernelSpec, KernelReport]:
     check_digest(digest)
     _check_files(files, digest, {MANIFEST_FILE, SIGNATURE_FILE, *listed})
-    manifest = files[MANIFEST_FILE]
-    if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
-        raise KernelDigestError(
-            "the manifest has another digest than the requested one", digest=digest
-        )
-    _check_signature(manifest, files[SIGNATURE_FILE], trusted_key, digest)
+    manifest = _signed_manifest(files, digest, trusted_key)
     try:
         listing = codec.decode(manifest, max_bytes=MAX_FILE_BYTES)
         _check_listing(listing, files, digest, listed)
@@ -165,13 +152,19 @@ def _check_files(files: Mapping[str, bytes], digest: str, expected: set[str]) ->
             raise KernelDigestError(f"{name} has more than {size_limit(name)} bytes", digest=digest)
 
 
-def _check_signature(manifest: bytes, signature: bytes, trusted_key: str, digest: str) -> None:
+def _signed_manifest(files: Mapping[str, bytes], digest: str, trusted_key: str) -> bytes:
+    manifest = files[MANIFEST_FILE]
+    if not hmac.compare_digest(hashlib.sha256(manifest).hexdigest(), digest):
+        raise KernelDigestError(
+            "the manifest has another digest than the requested one", digest=digest
+        )
     try:
-        signing.verify(manifest, signature.decode("ascii"), trusted_key)
+        signing.verify(manifest, files[SIGNATURE_FILE].decode("ascii"), trusted_key)
     except (SignatureError, UnicodeDecodeError) as error:
         raise SignatureError(
             "the kernel is not signed by the key that this run trusts", digest=digest
         ) from error
+    return manifest
 
 
 def _check_listing(

@@ -24,6 +24,19 @@ dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Check whether it could be done; change nothing."
 )
 yes_option = click.option("--yes", is_flag=True, help="Do not ask after the evidence was shown.")
+code_option = click.option(
+    "--code", default="", type=click.Choice(["", *RejectReason]), help="Why, as one of these."
+)
+own_words_option = click.option(
+    "--reason", default="", help="Why, in own words; needed without a code."
+)
+
+
+def reject_reason(code: str, reason: str) -> dict[str, str]:
+    """Both, as the server takes them; one must be given."""
+    if not (code or reason):
+        raise click.UsageError("Give --reason, --code or both.")
+    return {"reason": reason, "reason_code": code}
 
 
 @click.command("approve")
@@ -102,10 +115,8 @@ def shadow_command(
 
 @click.command("reject")
 @click.argument("adaptation")
-@click.option(
-    "--code", default="", type=click.Choice(["", *RejectReason]), help="Why, as one of these."
-)
-@click.option("--reason", default="", help="Why, in own words; needed without a code.")
+@code_option
+@own_words_option
 @yes_option
 @dry_run_option
 @json_option
@@ -120,13 +131,10 @@ def reject_command(
     as_json: bool,
 ) -> None:
     """Show the evidence of ADAPTATION, ask, and reject it."""
-    if not (code or reason):
-        raise click.UsageError("Give --reason, --code or both.")
+    why = reject_reason(code, reason)
     shown = _shown(client, adaptation, ask="" if yes or dry_run else "Reject it?", quiet=as_json)
     path = f"adaptations/{shown.data['uid']}/reject"
-    done = client.act(
-        path, {"reason": reason, "reason_code": code}, etag=shown.etag, dry_run=dry_run
-    )
+    done = client.act(path, why, etag=shown.etag, dry_run=dry_run)
     _tell(client, done, frozenset(), wait=False, timeout=0.0, as_json=as_json)
 
 

@@ -6,9 +6,15 @@ from typing import Any
 
 import click
 
-from esper.contracts import RejectReason
 from launcher.commands.asking import asks_server, confirm, json_option
-from launcher.commands.deciding import dry_run_option, reason_option, yes_option
+from launcher.commands.deciding import (
+    code_option,
+    dry_run_option,
+    own_words_option,
+    reason_option,
+    reject_reason,
+    yes_option,
+)
 from launcher.remote.client import Answer, Client, segment
 from launcher.remote.tables import print_json, print_rows
 
@@ -70,10 +76,8 @@ def approve_command(
 
 @plans_group.command("reject")
 @click.argument("plan")
-@click.option(
-    "--code", default="", type=click.Choice(["", *RejectReason]), help="Why, as one of these."
-)
-@click.option("--reason", default="", help="Why, in own words; needed without a code.")
+@code_option
+@own_words_option
 @yes_option
 @dry_run_option
 @json_option
@@ -82,11 +86,9 @@ def reject_command(
     client: Client, plan: str, code: str, reason: str, yes: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Show PLAN, ask, and reject all of it."""
-    if not (code or reason):
-        raise click.UsageError("Give --reason, --code or both.")
+    why = reject_reason(code, reason)
     shown = _shown(client, plan, ask="" if yes or dry_run else "Reject all of it?", quiet=as_json)
-    body = {"reason": reason, "reason_code": code}
-    _act(client, shown, "reject", body, dry_run=dry_run, as_json=as_json)
+    _act(client, shown, "reject", why, dry_run=dry_run, as_json=as_json)
 
 
 @plans_group.command("undo")
