@@ -38,7 +38,6 @@ from esper.contracts import (
 
 AT_ONCE = 2_000
 DAYS = 200  # of history
-ADAPTATIONS_PER_RUN = 20
 LIVE_RUNS = 40  # at most; a machine has only so many
 AUDIT_PER_ADAPTATION = 3
 LAYERS = 12

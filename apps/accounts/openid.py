@@ -203,7 +203,7 @@ def _key(keys: Any, kid: Any, algorithm: str) -> dict[str, Any]:
     return found
 
 
-def proved_at(claims: dict[str, Any], trip: Trip) -> float:
+def proved_at(claims: dict[str, Any]) -> float:
     """When its person has proved who they are.
 
     A provider that was asked to ask again and does not say when has asked now.

@@ -351,7 +351,6 @@ class Declines(Endpoint):
         services.record_decline(
             run=visible_run(uid, only=run_of_token(request)),
             decline=message(request, protocol.Decline),
-            actor=actor(request, ActorKind.TAMIYO),
         )
         return Response({}, status=201)
 

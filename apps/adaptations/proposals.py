@@ -383,7 +383,7 @@ def record_closed_gates(
         )
 
 
-def record_decline(*, run: Run, decline: Decline, actor: Actor) -> None:
+def record_decline(*, run: Run, decline: Decline) -> None:
     """Record that Tamiyo declined by itself; broken limits become violations.
 
     Raises:

@@ -32,10 +32,6 @@ class PolicyInput(PersonsInput):
     run = Text(allow_blank=True, default="")
 
 
-class DraftInput(PersonsInput):
-    reason = Text(allow_blank=True, default="")
-
-
 class SwitchOutput(serializers.ModelSerializer[AdaptationSwitch]):
     class Meta:
         model = AdaptationSwitch

@@ -55,7 +55,7 @@ def idempotent(handler: _Handler[_V, _P]) -> _Handler[_V, _P]:
         with transaction.atomic():
             record = _claim(request, key, fingerprint)
             if record.status:
-                return _replay(record, fingerprint)
+                return _replay(record)
             try:
                 response = handler(self, request, *args, **kwargs)
             except Problem as problem:
@@ -126,7 +126,7 @@ def _keep(record: IdempotencyRecord, response: Response) -> None:
     record.save(update_fields=["status", "body"])
 
 
-def _replay(record: IdempotencyRecord, fingerprint: str) -> Response:
+def _replay(record: IdempotencyRecord) -> Response:
     kept: dict[str, Any] = codec.decode(
         _cipher(record.key).decrypt(bytes(record.body)), max_bytes=1 << 24
     )

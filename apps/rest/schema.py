@@ -9,7 +9,6 @@ import msgspec
 from drf_spectacular.extensions import OpenApiSerializerExtension
 from drf_spectacular.openapi import AutoSchema
 from drf_spectacular.plumbing import ResolvedComponent
-from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import (
     Direction,
     OpenApiParameter,
@@ -179,9 +178,6 @@ def page_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
 def results_of(row: type[serializers.BaseSerializer[Any]]) -> Any:
     """A short list without pages."""
     return inline_serializer(f"{row.__name__}Results", {"results": row(many=True)})
-
-
-ANY_OBJECT = OpenApiTypes.OBJECT
 
 
 class PersonsInputSchema(OpenApiSerializerExtension):  # type: ignore[no-untyped-call]

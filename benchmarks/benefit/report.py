@@ -127,7 +127,7 @@ _ABOUT = {
 
 
 def _table(title: str, found: Sequence[Comparison]) -> Iterator[str]:
-    yield from ("", f"## {title}: {_verdict(title, found)}", "", _ABOUT[title], "")
+    yield from ("", f"## {title}: {_verdict(found)}", "", _ABOUT[title], "")
     yield "| against | gain | 95 % | better in | runs | p, Holm | verdict |"
     yield "|---|---|---|---|---|---|---|"
     for one in found:
@@ -142,7 +142,7 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:+.1%}"
 
 
-def _verdict(title: str, found: Sequence[Comparison]) -> str:
+def _verdict(found: Sequence[Comparison]) -> str:
     """The worst of equal FLOPs and equal CPU time; without these, the worst of all but the last."""
     costs = [one.word for one in found if one.arm in (FLOPS, CPU)]
     words = costs or [one.word for one in found if one.arm in ("evenly", "random layers")]

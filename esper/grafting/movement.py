@@ -266,9 +266,6 @@ class MovementWatch:
         differs = [(w.now(w.parameter) != w.sample).any() for w in due]
         self._ask(differs, partial(self._on_moved, due))
 
-    def _taken_since(self, watched: _Watched) -> int:
-        return self._parts[watched.optimizer].taken - watched.since
-
     def _on_moved(self, due: Sequence[_Watched], moved: np.ndarray) -> None:
         """What has moved is settled; of the rest, look for evidence that it should have."""
         held = with_companions(self._optimizers)

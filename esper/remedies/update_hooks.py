@@ -49,23 +49,6 @@ def after_update(optimizers: Sequence[Optimizer], work: Work, unmeasured: str) -
     return [optimizer.register_step_post_hook(hook) for optimizer in optimizers]
 
 
-def gradients_of(optimizer: Optimizer, only: set[int] | None = None) -> list[Tensor]:
-    """The dense gradients of an optimizer's parameters.
-
-    Args:
-        only: ids of parameters; None: all.
-    """
-    return [
-        p.grad
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.grad is not None
-        and (only is None or id(p) in only)
-        and p.grad.layout is torch.strided
-        and p.grad.numel()
-    ]
-
-
 def substitute(
     optimizers: Sequence[Optimizer], key: str, change: Change, unmeasured: str
 ) -> Callable[[], None]:

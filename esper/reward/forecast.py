@@ -137,7 +137,7 @@ def _fit(steps_T: Steps, loss_T: Doubles, steps_U: Steps, *, may_rise: bool) -> 
     steps_T, loss_T = steps_T[-kept:], loss_T[-kept:]
     logs = bool((loss_T > 0).all())
     x_B, y_B, sizes_B = _blocks(_axis(steps_T), np.log(loss_T) if logs else loss_T)
-    slope, middle = _theil_sen(x_B, y_B)
+    slope = _theil_sen_slope(x_B, y_B)
     if not may_rise:
         # A fit can predict a rising loss; for the unchanged run, a constant loss is assumed.
         slope = min(slope, 0.0)
@@ -147,7 +147,7 @@ def _fit(steps_T: Steps, loss_T: Doubles, steps_U: Steps, *, may_rise: bool) -> 
     if not logs:
         return _Line(predicted, error)
     # The mean of logs is the log of the geometric mean; the comparison uses the arithmetic mean.
-    level = math.exp(min(predicted, 200.0)) * _arithmetic_over_geometric(loss_T, middle)
+    level = math.exp(min(predicted, 200.0)) * _arithmetic_over_geometric(loss_T)
     return _Line(level, error * level)
 
 
@@ -169,13 +169,12 @@ def _blocks(x_T: Doubles, y_T: Doubles) -> tuple[Doubles, Doubles, Doubles]:
     return np.add.reduceat(x_T, edges) / sizes_B, np.add.reduceat(y_T, edges) / sizes_B, sizes_B
 
 
-def _theil_sen(x_B: Doubles, y_B: Doubles) -> tuple[float, float]:
-    """(slope, middle of x): median of the slopes of all pairs (Sen 1968)."""
+def _theil_sen_slope(x_B: Doubles, y_B: Doubles) -> float:
+    """Median of the slopes of all pairs (Sen 1968)."""
     i, j = np.triu_indices(len(x_B), 1)
     run = x_B[j] - x_B[i]
     rising = run > 0
-    slope = float(np.median((y_B[j] - y_B[i])[rising] / run[rising])) if rising.any() else 0.0
-    return slope, float(np.median(x_B))
+    return float(np.median((y_B[j] - y_B[i])[rising] / run[rising])) if rising.any() else 0.0
 
 
 def _prediction_error(x_B: Doubles, residual_B: Doubles, sizes_B: Doubles, steps_U: Steps) -> float:
@@ -188,6 +187,6 @@ def _prediction_error(x_B: Doubles, residual_B: Doubles, sizes_B: Doubles, steps
     return math.sqrt(line + per_sample**2 / len(steps_U))
 
 
-def _arithmetic_over_geometric(loss_T: Doubles, middle: float) -> float:
+def _arithmetic_over_geometric(loss_T: Doubles) -> float:
     recent = loss_T[len(loss_T) // 2 :]
     return float(recent.mean() / np.exp(np.log(recent).mean()))

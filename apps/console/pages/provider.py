@@ -98,7 +98,7 @@ def _arrive(request: HttpRequest) -> HttpResponse:
     except SignInError as problem:
         note_refused_identity(claims["iss"], claims["sub"], problem.code)
         raise
-    at = proved_at(claims, trip)
+    at = proved_at(claims)
     if trip.again:
         return _proved_again(request, user, at, trip.address)
     methods = claims.get("amr")

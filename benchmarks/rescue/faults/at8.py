@@ -237,10 +237,6 @@ def to_adam(draw: Draw) -> Draw:
     return replace(draw, optimizer="adam")
 
 
-def to_sgd(draw: Draw) -> Draw:
-    return replace(draw, optimizer="sgd")
-
-
 def usual_rate(draw: Draw) -> Draw:
     return replace(draw, rate=1.0)
 

@@ -8,7 +8,6 @@ from typing import Any
 from django.utils import timezone
 
 from apps.accounts.models import User
-from apps.recipes.files import read_recipe
 from apps.recipes.models import Launch, Recipe
 from apps.workers.models import Worker
 from esper.contracts import LaunchState, WorkerKind
@@ -101,18 +100,6 @@ def make_recipe(host: str = HOST, folder: Path | None = None) -> Recipe:
         "registered_at": timezone.now(),
     }
     recipe, _ = Recipe.objects.update_or_create(host=host, slug="counter", defaults=values)
-    return recipe
-
-
-def register_file(path: Path, host: str) -> Recipe:
-    """As its host's worker registers it."""
-    make_worker(host)
-    wire = read_recipe(path).to_wire()
-    recipe, _ = Recipe.objects.update_or_create(
-        host=host,
-        slug=wire["slug"],
-        defaults={**wire, "present": True, "problem": "", "registered_at": timezone.now()},
-    )
     return recipe
 
 

@@ -198,7 +198,6 @@ class Act:
     holds: Callable[[Loop], bool]
     told: str = ""
     exact: bool = True
-    trains_on: bool = True
 
 
 def group_of(loop: Loop, parameter: Tensor) -> int:
