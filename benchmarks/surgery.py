@@ -5,8 +5,7 @@
 All four change the same trained perceptron (same width, depth, optimizer, weights) in turns of one
 run: one layer gets 64 more directions. They do not do the same work, so the table shows measured
 results of each: whether the output stayed the same, whether the optimizer still holds the moments
-    of
-unchanged weights, whether it trains the new weights, and whether the change can be undone to the
+of unchanged weights, whether it trains the new weights, and whether the change can be undone to the
 bit.
 
 The others are not in Esper's requirements; missing ones are reported and skipped:

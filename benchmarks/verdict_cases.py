@@ -5,7 +5,7 @@ changed learning rates, and once for each graft: on the same batches in the same
 true gain is the held-out loss of its twin minus its own at the end of the run.
 
 Data come with packages: scikit-learn's digits, generated regressions, and the text of
- ``pydoc_data.topics``.
+``pydoc_data.topics``.
 """
 
 from __future__ import annotations

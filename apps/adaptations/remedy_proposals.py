@@ -205,15 +205,22 @@ def ask_for_remedy(
     adaptation = _write(run, wanted, checks)
     actor = Actor.person(user, via=via)
     announce_proposal(adaptation, actor)
-    by_rule = ""
-    if wanted.remedy.changes_nothing and not only_ask:
-        by_rule = "it changes nothing, so nobody must approve it"
-    may_approve = not only_ask and may(user, Act.APPROVE, of=run).allowed
-    enough = may_approve and votes_missing(adaptation, with_vote_of=user) == 0
-    if may_approve and not enough and not by_rule:  # to ask for it is the first vote
-        vote(adaptation, user, reason=reason)
-    if not enough and not by_rule:
+    if only_ask:
         return transition(adaptation, S.AWAITING_APPROVAL, actor=actor, reason=reason)
+    return _decide_asked_for(adaptation, known, user, actor=actor, reason=reason)
+
+
+def _decide_asked_for(
+    adaptation: Adaptation, remedy: KnownRemedy, user: User, *, actor: Actor, reason: str
+) -> Adaptation:
+    """Approves what changes nothing, and what the person who asks for it may approve alone."""
+    by_rule = "it changes nothing, so nobody must approve it" if remedy.changes_nothing else ""
+    if not by_rule:
+        may_approve = may(user, Act.APPROVE, of=adaptation.run).allowed
+        if not may_approve or votes_missing(adaptation, with_vote_of=user):
+            if may_approve:  # to ask for it is the first vote
+                vote(adaptation, user, reason=reason)
+            return transition(adaptation, S.AWAITING_APPROVAL, actor=actor, reason=reason)
     transition(
         adaptation,
         S.APPROVED,

@@ -142,9 +142,14 @@ def branch_run(
         branch_state=stored.name,
         branch_step=stored.step,
     )
-    actor = Actor.person(user, via=via)
+    _announce_branch(run, launch, actor=Actor.person(user, via=via), reason=reason)
+    _notify_host(launch, START_TASK)
+    return launch
+
+
+def _announce_branch(run: Run, launch: Launch, *, actor: Actor, reason: str) -> None:
     announce(launch, "launch.requested", actor=actor, reason=reason)
-    data = {"launch": launch.uid, "branch": launch.run_uid, "state": stored.name}
+    data = {"launch": launch.uid, "branch": launch.run_uid, "state": launch.branch_state}
     record(
         actor=actor,
         act="run.branched",
@@ -152,11 +157,9 @@ def branch_run(
         object_uid=run.uid,
         run_uid=run.uid,
         reason=reason,
-        data={**data, "step": stored.step, "parameters": values},
+        data={**data, "step": launch.branch_step, "parameters": launch.parameters},
     )
     publish(topic=run_topic(run.uid), type="launch.branched", data={**data, "by": actor.name})
-    _notify_host(launch, START_TASK)
-    return launch
 
 
 def _stored_state(launch: Launch, name: str) -> StoredState:

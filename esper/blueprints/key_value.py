@@ -31,8 +31,7 @@ def restore(codes_ND: Tensor, peaks_N1: Tensor) -> Tensor:
     """The values of the codes, in the dtype of the peaks.
 
     Quantising them again gives the same codes and peaks in every dtype: after rounding, a code's
-        value
-    is off by less than half a level, and 127 / 127 of the peak is the peak.
+    value is off by less than half a level, and 127 / 127 of the peak is the peak.
     """
     wide = torch.promote_types(peaks_N1.dtype, torch.float32)
     return (codes_ND.to(wide) / LEVELS * peaks_N1.to(wide)).to(peaks_N1.dtype)

@@ -2,9 +2,8 @@
 
 The network is closed by a seccomp filter, which needs no rights and applies to all code in the
 process: ``socket`` works only for local (AF_UNIX) sockets. Without such a filter, a Python audit
-    hook
-refuses sockets; native code could bypass it, so the child reports which of the two is active. The
-rest is no sandbox: a builder reads files with its user's rights.
+hook refuses sockets; native code could bypass it, so the child reports which of the two is active.
+The rest is no sandbox: a builder reads files with its user's rights.
 """
 
 from __future__ import annotations
