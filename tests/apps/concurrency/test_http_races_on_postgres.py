@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import pytest
-from django.db import connections
 
 from apps.adaptations.models import Adaptation
 from apps.audit.models import AuditEvent
@@ -14,29 +10,11 @@ from apps.telemetry.models import Metric
 from esper.contracts import Role, TokenScope
 from tests.apps.callers import Answer, Caller, Inbox, frame, metrics, register, shown
 from tests.apps.cast import make_blueprint, make_person, make_tamiyo, token_of
+from tests.apps.concurrency.at_once import answers_at_once
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
 THREADS = 6
-
-
-def at_once(request: Callable[[int], Answer]) -> list[Answer]:
-    gun, answers = threading.Barrier(THREADS), list[Answer]()
-
-    def runner(index: int) -> None:
-        gun.wait()
-        try:
-            answers.append(request(index))
-        finally:
-            connections.close_all()
-
-    threads = [threading.Thread(target=runner, args=(index,)) for index in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == THREADS
-    return answers
 
 
 def make_inbox() -> Inbox:
@@ -56,7 +34,7 @@ def test_one_act_sent_many_times_at_once_is_done_once_and_answered_every_time() 
     headers = {"Idempotency-Key": "the very same", "If-Match": f'"{adaptation.version}"'}
     path = f"adaptations/{adaptation.uid}/approve"
     body = {"reason": "yes", **shown(adaptation)}
-    answers = at_once(lambda _: Caller(token).post(path, body, **dict(headers)))
+    answers = answers_at_once(lambda _: Caller(token).post(path, body, **dict(headers)), THREADS)
     assert [answer.status for answer in answers] == [200] * THREADS
     assert {answer.data["version"] for answer in answers} == {answers[0].data["version"]}
     replayed = [answer for answer in answers if answer.header("Idempotency-Replayed")]
@@ -74,7 +52,7 @@ def test_of_many_people_exactly_one_decides_and_the_others_hear_who() -> None:
         body = {"reason": "mine"} | (shown(adaptation) if act == "approve" else {})
         return Caller(tokens[index]).act(path, body, version=adaptation.version)
 
-    answers = at_once(decide)
+    answers = answers_at_once(decide, THREADS)
     winners = [answer for answer in answers if answer.status == 200]
     losers = [answer for answer in answers if answer.status != 200]
     assert len(winners) == 1
@@ -85,7 +63,9 @@ def test_of_many_people_exactly_one_decides_and_the_others_hear_who() -> None:
 
 def test_one_proposal_posted_many_times_at_once_is_one_adaptation() -> None:
     inbox = make_inbox()
-    answers = at_once(lambda _: Inbox(inbox.trainer, Caller(inbox.tamiyo.token)).propose())
+    answers = answers_at_once(
+        lambda _: Inbox(inbox.trainer, Caller(inbox.tamiyo.token)).propose(), THREADS
+    )
     assert [answer.status for answer in answers] == [201] * THREADS
     assert {answer.data["uid"] for answer in answers} == {Adaptation.objects.get().uid}
 
@@ -94,7 +74,7 @@ def test_one_batch_sent_many_times_at_once_is_stored_once() -> None:
     trainer = make_inbox().trainer
     batch = trainer.batch(metrics=[metrics(step, loss=1.0) for step in range(2000, 2050)])
     path = f"{trainer.path}/telemetry"
-    answers = at_once(lambda _: Caller(trainer.token).post(path, batch))
+    answers = answers_at_once(lambda _: Caller(trainer.token).post(path, batch), THREADS)
     assert [answer.status for answer in answers] == [202] * THREADS
     assert sorted(answer.data["stored"] for answer in answers) == [0] * (THREADS - 1) + [50]
     assert Metric.objects.filter(step__gte=2000).count() == 50

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from django.db import connections, transaction
+from django.db import transaction
 
 from apps.accounts.actors import SYSTEM
 from apps.accounts.models import User
@@ -16,36 +14,15 @@ from apps.audit.services import verify_chain
 from apps.recipes import services
 from apps.recipes.lifecycle import transition
 from apps.recipes.models import Launch
-from apps.rest.problems import Problem
 from esper.contracts import LaunchState
 from tests.apps.cast import make_person
+from tests.apps.concurrency.at_once import THREADS, count_at_once
 from tests.apps.recipes.rows import make_launch
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
-THREADS = 8
 ROUNDS = 10
 S = LaunchState
-
-
-def at_once(work: Callable[[int], str]) -> Counter[str]:
-    gun, answers = threading.Barrier(THREADS), list[str]()
-
-    def runner(index: int) -> None:
-        gun.wait()
-        try:
-            answers.append(work(index))
-        except Problem as problem:
-            answers.append(f"{problem.status} {problem.code}")
-        finally:
-            connections.close_all()
-
-    threads = [threading.Thread(target=runner, args=(index,)) for index in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return Counter(answers)
 
 
 @pytest.fixture
@@ -65,7 +42,7 @@ def test_of_a_stop_and_an_end_at_once_exactly_one_moves_the_launch(olga: User) -
                 return transition(mine, S.FINISHED, actor=SYSTEM).state
 
         # A thread that reads late may find it stopping, from where finished is no step.
-        answers = at_once(lambda index: _or_late(lambda: work(index)))
+        answers = count_at_once(lambda index: _or_late(lambda: work(index)))
         won = answers[str(S.STOPPING)] + answers[str(S.FINISHED)]
         assert won == 1, answers
         assert AuditEvent.objects.filter(object_uid=launch.uid).count() == 1
@@ -87,7 +64,7 @@ def test_a_launch_resumed_by_many_at_once_gets_one_next_attempt(olga: User) -> N
             mine = Launch.objects.get(pk=pk)
             return services.resume_launch(launch=mine, user=olga, via="t", reason="").state
 
-        answers = at_once(work)
+        answers = count_at_once(work)
         assert answers == {"requested": 1, "409 launch-moved": THREADS - 1}
         launch.refresh_from_db()
         assert launch.attempt == 2
@@ -107,5 +84,5 @@ def test_a_host_never_gets_more_launches_than_its_limit(olga: User) -> None:
             via="t",
         ).state
 
-    answers = at_once(work)
+    answers = count_at_once(work)
     assert answers == {"requested": 4, "409 host-full": THREADS - 4}

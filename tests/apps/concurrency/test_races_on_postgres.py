@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, connection, connections, transaction
+from django.db import DatabaseError, connection, transaction
 from django.utils import timezone
 
 from apps.accounts.actors import SYSTEM
@@ -23,7 +21,6 @@ from apps.notifications.models import FeedEvent
 from apps.notifications.services import publish
 from apps.policies.freezing import end_freeze, set_freeze
 from apps.policies.models import Freeze
-from apps.rest.problems import Problem
 from apps.runs.models import Command, Run
 from apps.runs.services import issue_command
 from apps.workers import services as workers
@@ -45,32 +42,11 @@ from tests.apps.cast import (
     make_person,
     make_run,
 )
+from tests.apps.concurrency.at_once import THREADS, count_at_once
 
 pytestmark = [pytest.mark.postgres, pytest.mark.django_db(transaction=True)]
 
-THREADS = 8
 ROUNDS = 10
-
-
-def at_once(work: Callable[[int], str]) -> Counter[str]:
-    """Runs ``work(i)`` in all threads from one starting gun; counts what they answer."""
-    gun, answers = threading.Barrier(THREADS), list[str]()
-
-    def runner(index: int) -> None:
-        gun.wait()
-        try:
-            answers.append(work(index))
-        except Problem as problem:
-            answers.append(f"{problem.status} {problem.code}")
-        finally:
-            connections.close_all()
-
-    threads = [threading.Thread(target=runner, args=(index,)) for index in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return Counter(answers)
 
 
 def a_run(name: str = "digits") -> Run:
@@ -137,7 +113,7 @@ def test_of_many_approvals_and_rejections_exactly_one_wins() -> None:
             )
             return "won"
 
-        answers = at_once(decide)
+        answers = count_at_once(decide)
         assert answers["won"] == 1, answers
         assert set(answers) <= {"won", "409 decision-not-pending", "412 version-changed"}
         decided = AuditEvent.objects.filter(
@@ -148,21 +124,21 @@ def test_of_many_approvals_and_rejections_exactly_one_wins() -> None:
 
 def test_one_proposal_sent_many_times_at_once_is_one_adaptation() -> None:
     run = a_run()
-    answers = at_once(lambda _: str(propose(run, "fc0", "the same key").pk))
+    answers = count_at_once(lambda _: str(propose(run, "fc0", "the same key").pk))
     assert Adaptation.objects.count() == 1
     assert sum(answers.values()) == THREADS
 
 
 def test_a_run_never_has_more_in_flight_than_its_policy_allows() -> None:
     run = a_run()
-    answers = at_once(lambda i: "in" if propose(run, f"fc{i}", f"key{i}") else "")
+    answers = count_at_once(lambda i: "in" if propose(run, f"fc{i}", f"key{i}") else "")
     assert answers == Counter({"in": 2, "409 gate-closed": THREADS - 2})
 
 
 def test_one_job_has_one_owner() -> None:
     propose(a_run(), "fc0", "key", confidence=0.9)
     pk = CompileJob.objects.get().pk
-    answers = at_once(
+    answers = count_at_once(
         lambda i: str(workers.claim_job(CompileJob.objects.get(pk=pk), worker=f"w{i}"))
     )
     assert answers["True"] == 1
@@ -179,7 +155,7 @@ def test_commands_events_and_audit_rows_are_numbered_without_gaps_or_doubles() -
             issue_command(run=Run.objects.get(pk=run.pk), kind=CommandKind.STOP_RUN)
         return "done"
 
-    at_once(write)
+    count_at_once(write)
     seqs: list[Any] = list(Command.objects.values_list("seq", flat=True))
     assert seqs == list(range(1, 10 * THREADS + 1))
     events = list(FeedEvent.objects.filter(topic="system").values_list("seq", flat=True))
@@ -199,7 +175,7 @@ def test_the_kill_switch_lets_nothing_through_after_it_was_committed() -> None:
             services.dispatch_adaptation(adaptation.uid, worker=f"w{index}")
         return "done"
 
-    at_once(work)
+    count_at_once(work)
     adaptation.refresh_from_db()
     killed_at = AuditEvent.objects.get(act="switch.killed").pk
     dispatched = AuditEvent.objects.filter(act="adaptation.dispatched").first()
@@ -229,7 +205,7 @@ def test_a_freeze_that_begins_lets_nothing_through_after_it_was_committed(kind: 
                 services.dispatch_adaptation(row.uid, worker=f"w{index}")
             return "done"
 
-        answers = at_once(work)
+        answers = count_at_once(work)
         allowed = {"done", "409 freeze", "409 decision-not-pending", "412 version-changed"}
         assert set(answers) <= allowed, answers
         frozen_at = AuditEvent.objects.filter(act="freeze.set").latest("pk").pk
