@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hosts.paths import ROOT
+from tests import another_python
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]
 Esper = Callable[..., str]
@@ -29,15 +27,7 @@ def esper(request: pytest.FixtureRequest, tmp_path: Path) -> Esper:
         environment["DATABASE_URL"] = request.getfixturevalue("postgres_url")
 
     def run(*words: str, fails: bool = False) -> str:
-        answer = subprocess.run(
-            [sys.executable, "-m", "launcher", *words],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        answer = another_python.esper(*words, environment=environment)
         assert (answer.returncode != 0) is fails, answer.stdout + answer.stderr
         assert "Traceback" not in answer.stderr
         return answer.stdout + answer.stderr

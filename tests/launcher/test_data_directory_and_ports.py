@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 
 from esper.contracts import signing
 from hosts.keyring import ensure_keyring, kernel_key_path, read_keyring, update_keyring
-from hosts.paths import ROOT
 from hosts.runtime import (
     DataDirectoryBusyError,
     data_directory_lock,
@@ -25,6 +23,7 @@ from hosts.runtime import (
     write_runtime,
 )
 from launcher.supervisor.ports import PortBusyError, demand_port, is_free, prefer_port
+from tests.another_python import esper, python
 
 
 @pytest.fixture
@@ -58,31 +57,14 @@ def test_port_zero_gives_a_free_port_that_no_client_is_lent() -> None:
 
 
 def test_up_refuses_a_busy_port_with_a_sentence(busy_port: int, tmp_path: Path) -> None:
-    answer = subprocess.run(
-        [
-            *(sys.executable, "-m", "launcher", "up"),
-            *("--data-dir", str(tmp_path), "--port", str(busy_port)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    answer = esper("up", "--data-dir", str(tmp_path), "--port", str(busy_port))
     assert answer.returncode == 1
     assert f"Port {busy_port} is taken by another program" in answer.stdout
     assert "Traceback" not in answer.stdout + answer.stderr
 
 
 def test_up_refuses_a_data_directory_that_it_cannot_make() -> None:
-    answer = subprocess.run(
-        [sys.executable, "-m", "launcher", "up", "--data-dir", "/proc/esper"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    answer = esper("up", "--data-dir", "/proc/esper")
     assert answer.returncode == 1
     assert "/proc/esper cannot be used: " in answer.stderr
     assert "--data-dir" in answer.stderr
@@ -97,14 +79,7 @@ def test_two_supervisors_cannot_share_a_data_directory(tmp_path: Path) -> None:
         "except DataDirectoryBusyError as error: print(error)"
     )
     with data_directory_lock(tmp_path):
-        answer = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=True,
-        )
+        answer = python("-c", program, str(tmp_path))
         assert "already runs on" in answer.stdout
         assert "--data-dir" in answer.stdout
     with data_directory_lock(tmp_path):  # free again
@@ -164,14 +139,7 @@ def test_a_start_on_a_disk_that_cannot_be_written_is_refused_in_a_sentence(
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
         why = "Read-only file system"
-    answer = subprocess.run(
-        [*(sys.executable, "-m", "launcher", "up", "--no-demo", "--data-dir"), str(small_disk)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    answer = esper("up", "--no-demo", "--data-dir", str(small_disk))
     assert answer.returncode == 1
     assert "Esper cannot start on" in answer.stdout
     assert why in answer.stdout

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from hosts.paths import ROOT
 from hosts.processes import marked_processes
+from tests.another_python import esper
 from tests.running import RESTART_SECONDS
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(1500)]
@@ -105,17 +103,7 @@ def test_a_killed_child_comes_back_and_the_others_stay(running_esper: Any, child
 
 
 def test_a_second_up_on_the_same_data_is_refused(running_esper: Any) -> None:
-    answer = subprocess.run(
-        [
-            *(sys.executable, "-m", "launcher", "up", "--port", "0"),
-            *("--data-dir", str(running_esper.data_dir)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    answer = esper("up", "--port", "0", "--data-dir", str(running_esper.data_dir))
     assert answer.returncode == 1
     assert "already runs on" in answer.stdout
     assert ready(running_esper.url)["ready"]

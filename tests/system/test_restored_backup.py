@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, TEST_SECONDS, Plant, until
+from tests import another_python
+
+from .conftest import TEST_SECONDS, Plant, until
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(TEST_SECONDS)]
 
@@ -17,15 +17,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(TEST_SECONDS)]
 def esper(plant: Plant, *words: str) -> str:
     environment = {**os.environ, "ESPER_DATA_DIR": str(plant.esper.data_dir)}
     environment.pop("DJANGO_SETTINGS_MODULE", None)
-    answer = subprocess.run(
-        [sys.executable, "-m", "launcher", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    answer = another_python.esper(*words, environment=environment)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import TrainerCallback
 from esper.exceptions import ConfigurationError
 from esper.grafting import audit, digest
 from esper.sdk.frameworks.huggingface import ESPER_FILE, EsperCallback
+from tests.another_python import python
 from tests.esper.sdk.frameworks.trainer_training import (
     GRAFT_AT,
     SAVE_AT,
@@ -40,15 +39,9 @@ def test_training_is_stepped_grafted_saved_and_goes_on_in_a_new_process(tmp_path
     # The Trainer divides by the accumulation steps where the model does not count items itself.
     assert state["losses"]["loss"].tolist() == pytest.approx(logged, rel=2e-3)
     assert audit(model, [trainer.optimizer]) == []
-    answer = subprocess.run(
-        [sys.executable, "-m", "tests.esper.sdk.frameworks.trainer_training", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        cwd=Path(__file__).parents[4],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"},
-    )
+    module = "tests.esper.sdk.frameworks.trainer_training"
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = python("-m", module, str(tmp_path), environment=one_thread)
     expected = f"['proj_lora_64', 'ln_rms'] {logged[-5:]} {digest(model)}"
     assert answer.stdout.splitlines()[-1:] == [expected], answer.stderr
 

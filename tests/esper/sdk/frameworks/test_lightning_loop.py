@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from esper.exceptions import ConfigurationError
 from esper.grafting import audit, digest
 from esper.sdk.frameworks.lightning import EsperCallback
+from tests.another_python import python
 from tests.esper.sdk.frameworks.lightning_training import GRAFT_AT, SAVE_AT, STEPS, Net, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -29,15 +28,9 @@ def test_a_fit_is_stepped_grafted_saved_and_goes_on_in_a_new_process(tmp_path: P
     assert [entry.step for entry in session.adaptations] == [GRAFT_AT, GRAFT_AT]
     assert session.state_dict()["step"] == STEPS  # not one for each of the 48 batches
     assert audit(net, trainer.optimizers) == []
-    answer = subprocess.run(
-        [sys.executable, "-m", "tests.esper.sdk.frameworks.lightning_training", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        cwd=Path(__file__).parents[4],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[4]), "OMP_NUM_THREADS": "1"},
-    )
+    module = "tests.esper.sdk.frameworks.lightning_training"
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = python("-m", module, str(tmp_path), environment=one_thread)
     expected = f"['proj_lora_64', 'ln_rms'] {digest(net)}"
     assert answer.stdout.strip() == expected, answer.stderr
 
