@@ -404,14 +404,20 @@ def _repair_in_order(
     factors: dict[str, float] = {}
 
     def repair(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        largest = OUTLIER * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
-        mean, spread = _moments(_rows_in(module, args))
+        rows_NC = _rows_in(module, args)
+        mean, spread = _moments(rows_NC)
+        is_shifted = name != order[0] and abs(mean) > SHIFTED * spread
+        # Rows that differ little around zero do so on purpose, as behind a mean over an image. What
+        # leaves a ReLU is never below zero, and fades in a deep net.
+        is_faint = spread < FAINT_SPREAD and not is_shifted and bool((rows_NC < 0).any())
+        above = 1.0 if is_faint else OUTLIER
+        largest = above * median(gains) if len(gains) >= FEWEST_GAINS else math.inf
         factor = _repair(
             module,
             lambda: _rows_out(module, module(*args, **kwargs)),
             largest,
             last=name == order[-1],
-            shifted=name != order[0] and abs(mean) > SHIFTED * spread,
+            shifted=is_shifted,
         )
         gains.append(_gain(module))
         if factor != 1.0:

@@ -557,6 +557,9 @@ def test_means_that_differ_little_on_purpose_are_not_blown_up(
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
     assert max(gains[:-1]) < 2 * statistics.median(gains[1:-1])
+    if activation is nn.Tanh:
+        # Faint around zero, and so on purpose: the repaired run learns best where it stays so.
+        assert gains[2] <= max(gains[:2])
 
 
 @pytest.mark.parametrize("rate", [1e-8, 1e-5, 1e-1, 3.0])
