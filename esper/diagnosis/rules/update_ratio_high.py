@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold, amount, of_size
-from esper.diagnosis.facts import Gradients
+from esper.diagnosis.facts import Gradients, ModelPass
 from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.updates import EXCESSIVE, STEADY
 
@@ -22,6 +22,7 @@ GUESSES, SAMPLES, LONG, READ = 40, 320, 300, 3
 LEARNED = 0.9
 ABOVE_SOUND = 3.0
 LEVEL = 10
+DIFFERENT, SHRANK, BEGIN = 0.01, 10.0, 50
 
 
 class UpdateRatioHigh(Rule):
@@ -66,6 +67,13 @@ class UpdateRatioHigh(Rule):
             "the largest update / a sound one, where the loss is above the first losses",
             EXCESSIVE, "ratio", "as for a new start; chosen on seeds 0 to 9",
         ),
+        Threshold(
+            "spread of the outputs after such an update", DIFFERENT, "share of their size",
+            "chosen: 0.001 to 0.008 where it took the inputs' part away, 0.8 to 1.6 in runs that "
+            "learn",
+        ),
+        Threshold("spread of the first outputs / that", SHRANK, "ratio", "chosen"),
+        Threshold("from step", BEGIN, "steps", "chosen: healthy runs differ again by then"),
         Threshold("losses", GUESSES, "steps", "chosen: so many updates show in any healthy run"),
     )  # fmt: skip
     severity = Severity.SERIOUS
@@ -80,7 +88,11 @@ class UpdateRatioHigh(Rule):
             raise Unknown("the optimizer finds the size of its updates by itself")
         if observation.step <= FIRST_STEPS:
             return self._first_updates(observation, memory)
-        return self._guesses(observation) or self._steady(observation, memory)
+        return (
+            self._guesses(observation)
+            or self._forgot_inputs(observation)
+            or self._steady(observation, memory)
+        )
 
     def _guesses(self, observation: Observation) -> Evidence | None:
         """Nothing was learned, and the updates are larger than those of runs that learn."""
@@ -139,6 +151,35 @@ class UpdateRatioHigh(Rule):
             certain=True,
         )
 
+    def _forgot_inputs(self, observation: Observation) -> Evidence | None:
+        """It answers the same to all inputs since an update that was far too large.
+
+        A loss below that of equal chances may be that of the classes' frequencies alone.
+        """
+        if not observation.update_excess > EXCESSIVE or not observation.passes:
+            return None
+        first, seen = observation.first_pass, observation.last_pass
+        spread = seen.output_spread
+        # The outputs of a regression, whose guessing loss is not known, may lie far from zero.
+        if seen.step < BEGIN or math.isnan(first.guessing_loss) or not spread < DIFFERENT:
+            return None
+        if not first.output_spread > SHRANK * spread or not _inputs_differ(seen):
+            return None
+        losses = observation.finite_losses()[1][-2 * LEVEL :]
+        if len(losses) < 2 * LEVEL or _falls(losses, -math.inf):
+            return None
+        return Evidence(
+            observed=f"the outputs of a batch differ by {spread:.1e} of their size, at first by "
+            f"{first.output_spread:.2g}, and an update was {observation.update_excess:.2g} times "
+            "as large as a sound one",
+            limit=f"at least {DIFFERENT:g}",
+            signal=Signal.UPDATE_RATIO,
+            value=observation.update_excess * STEADY,
+            severity=Severity.CAUTION,
+            since_step=1,
+            certain=True,
+        )
+
     def _steady(self, observation: Observation, memory: Memory) -> Evidence | None:
         step, median = observation.update_ratios[-1]
         if memory.notes.get("step") == step:
@@ -188,6 +229,12 @@ class UpdateRatioHigh(Rule):
             # larger, and each later update is a smaller share of them.
             severity=Severity.INFO if observation.batch_norms else None,
         )
+
+
+def _inputs_differ(seen: ModelPass) -> bool:
+    """Of the first layer that has numbers as inputs: behind an embedding, where it has tokens."""
+    spreads = (one.input_spread for one in seen.layers)
+    return next((spread for spread in spreads if not math.isnan(spread)), math.nan) > DIFFERENT
 
 
 def _recovers(observation: Observation) -> bool:

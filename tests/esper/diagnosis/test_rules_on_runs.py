@@ -75,6 +75,15 @@ def never_learns(rate: float) -> Run:
     )
 
 
+def forgets_its_inputs(rate: float) -> Run:
+    """At a large rate only the frequencies of four unequal classes are learned."""
+    layers = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    encoder = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(layers, 2), nn.Flatten())
+    x, y = digits()
+    model = nn.Sequential(nn.Unflatten(1, (8, 8)), encoder, nn.Linear(128, 4))
+    return Run(model, (x, y.clamp(max=3)), optimizer=lambda m: adam(m, rate))
+
+
 def linear(activation: Callable[[], nn.Module]) -> nn.Module:
     layers = [nn.Linear(64, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, 10)]
     return nn.Sequential(*layers)
@@ -222,6 +231,9 @@ CASES = [
         "frozen_part", lambda: Run(with_empty_layer(True)), lambda: Run(with_empty_layer(False)), 1
     ),
     Case("update_ratio_high", lambda: never_learns(0.3), lambda: never_learns(0.01), 60),
+    Case(
+        "update_ratio_high", lambda: forgets_its_inputs(0.05), lambda: forgets_its_inputs(3e-3), 60
+    ),
     Case("abnormal_data", lambda: Run(data=digits(1000.0)), Run, 1, "0"),
     Case(
         "saturation",
