@@ -37,7 +37,8 @@ from esper.grafting.kept_by_hand import FIRST, KeptByHand
 from esper.grafting.loading import build_grafts_of_loaded_states
 from esper.grafting.named_by_script import NamedByScript
 from esper.grafting.script_objects import script_objects
-from esper.grafting.state_dicts import is_followed
+from esper.grafting.slot import slots
+from esper.grafting.state_dicts import LoadHooks, is_followed
 from esper.grafting.tensor_forms import shape_of
 from esper.grafting.versions import writes_to
 
@@ -102,6 +103,7 @@ class Copies(Sequence[Any]):
         # copy -> it is inside an AveragedModel
         self._seen: MutableMapping[nn.Module, bool] = WeaklyByIdentity()
         self._marks: MutableMapping[nn.Module, list[Tensor]] = WeaklyByIdentity()
+        self._loading: list[LoadHooks] = []
         self._wanted = False
         self._searched = False
         self.by_hand = KeptByHand()
@@ -247,8 +249,16 @@ class Copies(Sequence[Any]):
             del self._seen[found]
         for found in alike:
             if found in self._seen and not is_followed(found):
-                build_grafts_of_loaded_states(found)
+                self._loading.append(build_grafts_of_loaded_states(found))
         return fresh
+
+    def close(self) -> None:
+        """Takes the hooks off the models that may load a graft, unless there is still one."""
+        model = self._model()
+        if model is None or not any(slot.grafts() for _, _, slot in slots(model)):
+            for hooks in self._loading:
+                hooks.close()
+            self._loading = []
 
     def reason_for_policy(self) -> str:
         """Why nobody but the script itself may graft now; empty: no copy is a reference."""

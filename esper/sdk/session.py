@@ -96,6 +96,7 @@ class Session(Acts):
         surgery.sampler = None
         for model in (parts.setup.model, *surgery.copies):
             grafting.remove_slots(model)
+        surgery.copies.close()
         parts.loads.close()
 
     def close(

@@ -241,6 +241,17 @@ def test_a_target_network_loads_the_model_after_its_first_graft(made: str) -> No
     session.close()
 
 
+def test_an_earlier_model_keeps_no_hook_of_a_later_session() -> None:
+    earlier = OnlyHere(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = OnlyHere(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with esper.attach(model, torch.optim.SGD(model.parameters(), 0.1), verbose=False) as session:
+        model(torch.ones(2, 4))
+        session.undo(session.graft("0", "proj_lora_64"))
+    for one in (earlier, model):
+        assert not one._load_state_dict_pre_hooks
+        assert not one._load_state_dict_post_hooks
+
+
 def test_a_member_of_a_population_takes_over_the_weights_of_a_better_one() -> None:
     """Both train; the one that Esper does not know of loads the other's state after a graft."""
     pairs = [(model := MODELS["mlp"](), torch.optim.Adam(model.parameters())) for _ in range(2)]
