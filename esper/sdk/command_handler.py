@@ -212,7 +212,7 @@ class CommandHandler:
         if self._queues.now() >= command.expires_at - RESERVE_SECONDS:
             return False
         try:
-            return self._surgery.waits_for_script()
+            return self._surgery.script_copies.must_wait()
         except Exception as error:  # the graft searches again, and is answered
             if is_the_scripts(error):
                 raise

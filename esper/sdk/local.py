@@ -388,7 +388,7 @@ class LocalLoop:
 
     def _graft(self, operation: Operation) -> None:
         self._coming = None
-        if self._surgery.waits_for_script() or (
+        if self._surgery.script_copies.must_wait() or (
             self._ahead is not None and self._ahead.waits(operation)
         ):
             self._coming = operation
@@ -444,7 +444,7 @@ class LocalLoop:
 
     def _ask(self, decision: Decision) -> None:
         timeout = self._run.policy.approval_timeout_seconds
-        self._surgery.waits_for_script()  # while the person thinks
+        self._surgery.script_copies.must_wait()  # while the person thinks
         if self._ahead is not None:
             self._ahead.begin(self._planned(decision))
         self._waiting.append(Waiting(decision, time.time() + timeout, self._alone))

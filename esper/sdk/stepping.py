@@ -147,7 +147,7 @@ class Steps:
         if parts.diagnosis is not None and digests:
             parts.diagnosis.rank_digests = digests
         contain("opening", self._learn_layers if parts.layers.fixed else self._open)
-        contain("averages", parts.surgery.find_averages)
+        contain("averages", parts.surgery.script_copies.find)
         # Before anything that may undo: a snapshot is taken after it, so an undo restores what the
         # next step would have used.
         contain("schedules", parts.surgery.on_step)
@@ -278,7 +278,7 @@ class Steps:
             frame = self._health.judge(frame)
             self.latest_frame = frame
             self._gradients.on_frame(frame)
-            parts.surgery.on_frame(frame)
+            parts.surgery.script_copies.on_frame(frame)
             metrics = {**frame.metrics, **metrics}
             if isinstance(sampler, HealthSampler):
                 sampler.spend(time.perf_counter() - started)
@@ -387,7 +387,7 @@ class Steps:
             return 0
         if surgery.changes.grafted or not isinstance(sampler, HealthSampler):
             return 0
-        if surgery.watches_script:
+        if surgery.script_copies.is_watched:
             return 0
         if 0 <= step - parts.guard.acted_at <= AFTER_GUARD_STEPS:
             return 0

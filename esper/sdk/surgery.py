@@ -19,17 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from esper import blueprints, grafting
 from esper.contracts import (
     AdaptationState,
-    HealthFrame,
     LayerInfo,
     RemedyKind,
     RunMode,
-    Signal,
 )
 from esper.exceptions import ConfigurationError, GraftError, IncompatibleLayerError, UndoError
 from esper.grafting import (
@@ -68,7 +65,6 @@ from esper.sdk.changes import Changes
 from esper.sdk.findings import (
     Findings,
     LedgerWatch,
-    average_found,
     came_back,
     fewer_snapshots,
     left_by_load,
@@ -78,6 +74,7 @@ from esper.sdk.layers import Layers
 from esper.sdk.ranks import Order, Ranks
 from esper.sdk.reporting import SurgeryReports
 from esper.sdk.run_state import RunState
+from esper.sdk.script_copies import ScriptCopies
 
 # What an undo did, and every adaptation that is out of the model because of it.
 TakenOut = tuple[UndoReceipt, tuple[Adaptation, ...]]
@@ -95,6 +92,7 @@ class Surgery:
 
     Attributes:
         changes: what is in the model.
+        script_copies: what the script keeps of the model by itself.
         sampler: measures the model's health; None before the first complete step.
         states: earlier good states to rewind to; None in a run that only observes.
         stop: whether the loop is asked to stop.
@@ -120,6 +118,9 @@ class Surgery:
         self.model = model
         self.copies = Copies(model, surroundings.copies)
         surroundings = replace(surroundings, copies=self.copies)
+        self.script_copies = ScriptCopies(
+            model, self.copies, surroundings, layers=layers, ledger=ledger, findings=findings
+        )
         self.changes = Changes(snapshot_limit, snapshot_folder)
         self._snapshot_limit = snapshot_limit
         self._told_of_limit = False
@@ -191,7 +192,7 @@ class Surgery:
         self._ranks.order(Order.graft(operation))
         run = self._run
         try:
-            self._find_copies(operation, by_script=by_script)
+            self.script_copies.prepare(operation, by_script=by_script)
         except Exception as error:
             self._ranks.refuse(error)
             raise
@@ -238,65 +239,6 @@ class Surgery:
             raise IncompatibleLayerError(
                 layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
             )
-
-    def _find_copies(self, operation: Operation, *, by_script: bool) -> None:
-        """Averages of the model that nobody named get its next graft too.
-
-        Raises:
-            IncompatibleLayerError: the script keeps one by hand, or one of a part, which cannot;
-                or the optimizer that would train the graft makes no steps any more.
-        """
-        if checkpoint.is_sharded(self._surroundings):
-            return  # comparing weights that are spread over ranks would be a collective call
-        self.copies.search()
-        for _ in self.copies.settle():
-            self._findings.add(average_found())
-        by_hand = self.copies.by_hand
-        by_hand.look()
-        by_hand.awaited = by_hand.awaited and by_script
-        told = by_hand.reason if by_script else by_hand.reason_for_policy
-        reason = told(operation.layer.name) or (
-            "" if by_script else self.copies.reason_for_policy()
-        )
-        reason = reason or self.copies.parts.reason(
-            operation.layer.name,
-            with_companions(self._surroundings.optimizers),
-            (layer.name for layer in self._layers.own if layer.in_shape),
-            by_script=by_script,
-        )
-        reason = reason or self.copies.named.reason(
-            self.model,
-            operation.layer.name,
-            map(grafting.bare_copy, self.copies),
-        )
-        reason = reason or self._ledger.replaced
-        if reason:
-            raise IncompatibleLayerError(
-                layer=operation.layer.name, blueprint=operation.blueprint.slug, reason=reason
-            )
-
-    def find_averages(self) -> None:
-        """After each step, so that few grafts wait for the search, and for what it is to show."""
-        self.copies.search_in_time()
-        self.copies.look()
-
-    def on_frame(self, frame: HealthFrame) -> None:
-        """Notes which layers had a gradient: the script may clear it before the step ends."""
-        known = ~np.isnan(frame.column(Signal.GRAD_NORM))
-        names = (name for name, has in zip(frame.layers, known, strict=True) if has)
-        self.copies.parts.on_gradients(names)
-
-    def waits_for_script(self) -> bool:
-        """A graft that is no line of the script should come some steps later: whether the script
-        keeps an average by hand is not known yet."""
-        if checkpoint.is_sharded(self._surroundings):
-            return False
-        return self.copies.search_for_graft() or self.copies.by_hand.undecided
-
-    @property
-    def watches_script(self) -> bool:
-        """A graft waits for it."""
-        return self.copies.by_hand.awaited and self.copies.by_hand.undecided
 
     def keep(self, adaptation: Adaptation, reason: str = "") -> None:
         """Its probation is passed."""
