@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from django.db import connection, transaction
+from django.db.models import F
 from django.db.utils import DatabaseError
 from django.utils import timezone
 
@@ -321,6 +322,16 @@ def test_a_proposal_to_a_trainer_that_was_started_again_is_withdrawn(stage: Stag
     withdrawn = Adaptation.objects.get(pk=adaptation.pk)
     assert withdrawn.state == S.SUPERSEDED
     assert withdrawn.end_reason == "the trainer was started again, and proposes anew"
+
+
+def test_a_proposal_to_a_trainer_that_was_started_again_cannot_be_approved(stage: Stage) -> None:
+    """Also where nothing has withdrawn it."""
+    adaptation = stage.waiting()
+    Run.objects.filter(pk=adaptation.run_id).update(epoch=F("epoch") + 1)
+    with pytest.raises(Problem) as caught:
+        act("approve", adaptation, stage.operator)
+    assert (caught.value.status, caught.value.code) == (409, "old-epoch")
+    assert Adaptation.objects.get(pk=adaptation.pk).state == S.AWAITING_APPROVAL
 
 
 def test_a_claim_holds_the_others_off_until_it_is_released(stage: Stage) -> None:
