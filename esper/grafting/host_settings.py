@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.by_identity import ByIdentity
 from esper.grafting.optimizers import unwrap_optimizer
 from esper.grafting.saved_values import (
     Copy,
@@ -104,7 +105,7 @@ class Members:
 class HostSettings:
     """The settings of a model and of what trains it, at one moment."""
 
-    members: dict[nn.Module, Members]
+    members: ByIdentity[nn.Module, Members]
     flags: dict[Tensor, bool]  # requires_grad
     groups: list[list[GroupRecord]]  # by optimizer
     schedulers: list[dict[str, Any]]  # by scheduler
@@ -120,7 +121,7 @@ class HostSettings:
     ) -> HostSettings:
         """The present settings of these objects."""
         return cls(
-            members={module: Members.of(module) for module in modules},
+            members=ByIdentity((module, Members.of(module)) for module in modules),
             flags={parameter: parameter.requires_grad for parameter in parameters},
             groups=[_read_groups(optimizer, schedulers, copied) for optimizer in optimizers],
             schedulers=[_scheduler_settings(scheduler) for scheduler in schedulers],
@@ -128,7 +129,7 @@ class HostSettings:
 
     def copy(self) -> HostSettings:
         return HostSettings(
-            members={module: members.copy() for module, members in self.members.items()},
+            members=ByIdentity((module, own.copy()) for module, own in self.members.items()),
             flags=dict(self.flags),
             groups=[[record.copy() for record in records] for records in self.groups],
             schedulers=[dict(settings) for settings in self.schedulers],

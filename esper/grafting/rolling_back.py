@@ -103,9 +103,9 @@ def roll_back(snapshot: Snapshot) -> RolledBack:
 
 def _restore_model(snapshot: Snapshot) -> list[SavedTensor]:
     """Returns the saved tensors whose values are in the model now."""
-    present = {module for root in snapshot.roots for module in root.modules()}
+    present = {id(module) for root in snapshot.roots for module in root.modules()}
     for module, members in snapshot.goal.members.items():
-        if module in present:
+        if id(module) in present:
             refill(module._parameters, members.parameters)
             refill(module._buffers, members.buffers)
     snapshot.restore_grafts()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from esper.by_identity import WeaklyByIdentity
+from esper.by_identity import ByIdentity, WeaklyByIdentity
 from esper.fail_closed import contained
 from esper.grafting.companion import Companion, companions_of, put_back, with_companions
 from esper.grafting.digests import Frozen, parts_of
@@ -222,7 +222,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[nn.Module, SavedModule] = {}
+        self.modules: ByIdentity[nn.Module, SavedModule] = ByIdentity()
         self.tensors: list[SavedTensor] = []
         self.gradients: list[tuple[nn.Parameter, bool, SavedTensor | None]] = []
         self.optimizers: list[SavedOptimizer] = []
@@ -238,7 +238,7 @@ class Snapshot:
         self.loaded_optimizers: set[torch.optim.Optimizer] = set()
         self._by_id: dict[int, SavedTensor] = {}
         self._later: _Later | None = None
-        self._of_copies: set[nn.Module] = set()
+        self._of_copies: set[int] = set()  # ids of modules
         self._seen: HostSettings | None = None  # None until :meth:`follow`
 
     @classmethod
@@ -272,7 +272,7 @@ class Snapshot:
         for average in surroundings.copies:
             snapshot.roots.append(average)
             snapshot._save_model(average, copied)
-            snapshot._of_copies.update(average.modules())
+            snapshot._of_copies.update(map(id, average.modules()))
         users = [unwrap_optimizer(optimizer) for optimizer in surroundings.optimizers]
         snapshot.optimizers = [_save_optimizer(optimizer, at_once, copied) for optimizer in users]
         snapshot.companions = [(optimizer, companions_of(optimizer)) for optimizer in users]
@@ -356,7 +356,7 @@ class Snapshot:
 
     def grafts(self) -> set[nn.Module]:
         """The grafts that were in the model, except those of its copies."""
-        own = [saved for module, saved in self.modules.items() if module not in self._of_copies]
+        own = [saved for module, saved in self.modules.items() if id(module) not in self._of_copies]
         kept = [saved.grafts or {} for saved in own]
         return {graft for grafts in kept for graft in grafts.values() if graft is not None}
 

@@ -50,6 +50,28 @@ class ComparesSettings(nn.Module):
         return found
 
 
+class Meter(nn.Module):
+    """As a metric of torchmetrics: its hash is another one with each value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __hash__(self) -> int:
+        return hash(self.seen)
+
+
+class HasMeter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.meter = nn.Linear(8, 8), Meter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meter.seen += 1
+        found: Tensor = self.body(x)
+        return found
+
+
 class Optimizer(torch.optim.SGD):
     def __eq__(self, other: object) -> bool:
         raise RuntimeError("optimizers are not compared")
@@ -75,7 +97,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, session: esper.Ses
         session.step(loss)
 
 
-KINDS: tuple[type[nn.Module], ...] = (RefusesToCompare, ComparesTensors, ComparesSettings)
+KINDS: tuple[type[nn.Module], ...] = (RefusesToCompare, ComparesTensors, ComparesSettings, HasMeter)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +105,9 @@ def test_they_are_watched_treated_and_grafted(kind: type[nn.Module]) -> None:
     one = attached(kind)
     session = one[2]
     train(*one)
-    session.undo(session.graft("body", "proj_lora_64", rank=2))
+    receipt = session.graft("body", "proj_lora_64", rank=2)
+    train(*one)
+    session.undo(receipt)
     session.undo(session.remedy("set_lr", factor=0.5))
     session.undo(session.remedy("rewind"))
     train(*one)
