@@ -165,14 +165,19 @@ def _of_inactive_adapters(model: nn.Module) -> set[int]:
     found: set[int] = set()
     module: Any
     for module in model.modules():
-        for kind in getattr(module, "adapter_layer_names", None) or ():  # some answer None to all
-            adapters = getattr(module, kind, None)
-            if isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
-                for name, entry in adapters.items():
-                    if name not in module.active_adapters:
-                        alone = isinstance(entry, nn.Parameter)
-                        found |= {id(p) for p in ([entry] if alone else entry.parameters())}
+        for name, entry in _adapters_of(module):
+            if name not in module.active_adapters:
+                alone = isinstance(entry, nn.Parameter)
+                found |= {id(p) for p in ([entry] if alone else entry.parameters())}
     return found
+
+
+def _adapters_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, a part of it) of each adapter that PEFT keeps in the module."""
+    for kind in getattr(module, "adapter_layer_names", None) or ():  # some answer None to all
+        adapters = getattr(module, kind, None)
+        if isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
+            yield from adapters.items()
 
 
 def _tensor_problems(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import resources
@@ -294,21 +294,57 @@ def _updated(
     prior_mean, prior = np.zeros(total), np.diag(np.full(total, NEW_VARIANCE))
     prior_mean[:size], prior[:size, :size] = model.mean, model.covariance
     prior[0, 0] += model.training
-    rows = np.zeros((len(closed), total))
-    for place, (name, value) in enumerate(zip(model.names, like, strict=True)):
+    rows = _rows_like(like, model.names, names, [slug for slug, *_ in closed])
+    kept = np.array([one[1] for one in closed], dtype=np.float64)
+    cases = np.array([one[2] for one in closed], dtype=np.float64)
+    mean, covariance = _posterior(prior_mean, prior, rows, kept, cases)
+    done = int(cases.sum())
+    return ConfidenceModel(
+        names=tuple(names),
+        mean=mean,
+        covariance=covariance,
+        training=model.training,
+        centre=model.centre,
+        scale=model.scale,
+        cases=model.cases,
+        successes=(model.successes[0] + int(kept.sum()), model.successes[1] + done),
+    )
+
+
+def _rows_like(
+    like: Sequence[float], known: Sequence[str], names: Sequence[str], slugs: Sequence[str]
+) -> Doubles:
+    """float64 [slugs, names]: the row of what is asked for, with each of these choices instead.
+
+    Args:
+        like: by the names of ``known``, which ``names`` begins with.
+    """
+    rows = np.zeros((len(slugs), len(names)))
+    for place, (name, value) in enumerate(zip(known, like, strict=True)):
         rows[:, place] = 0.0 if name.startswith(("choice:", "answer:")) else value
-    findings = [name for name, value in zip(model.names, like, strict=True)
+    findings = [name for name, value in zip(known, like, strict=True)
                 if value and name.startswith("finding:")]  # fmt: skip
-    for row, (slug, *_) in zip(rows, closed, strict=True):
+    for row, slug in zip(rows, slugs, strict=True):
         row[names.index(f"choice:{slug}")] = 1.0
         for finding in findings:
             answer = f"answer:{answer_of(slug, finding.removeprefix('finding:'))}"
             if answer in names:
                 row[names.index(answer)] = 1.0
-    kept = np.array([one[1] for one in closed], dtype=np.float64)
-    cases = np.array([one[2] for one in closed], dtype=np.float64)
+    return rows
+
+
+def _posterior(
+    prior_mean: Doubles,
+    prior: Doubles,
+    rows: Doubles,
+    kept: Doubles,
+    cases: Doubles,
+) -> tuple[Doubles, Doubles]:
+    """(mean, covariance) after so many cases of each row, of which so many were kept.
+
+    Newton's steps in the space of the few rows, so that no large matrix is inverted.
+    """
     mean, covariance = prior_mean, prior
-    # Newton's steps in the space of the few rows, so that no large matrix is inverted.
     logits = rows @ prior_mean
     for _ in range(50):
         p = logistic(logits)
@@ -321,17 +357,7 @@ def _updated(
         logits = logits + np.clip(step, -1.0, 1.0)  # from far away a whole step overshoots
         if float(np.abs(step).max()) < 1e-8:
             break
-    done = int(cases.sum())
-    return ConfidenceModel(
-        names=tuple(names),
-        mean=mean,
-        covariance=covariance,
-        training=model.training,
-        centre=model.centre,
-        scale=model.scale,
-        cases=model.cases,
-        successes=(model.successes[0] + int(kept.sum()), model.successes[1] + done),
-    )
+    return mean, covariance
 
 
 @cache
