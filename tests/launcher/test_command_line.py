@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from contextlib import redirect_stdout
 from datetime import timedelta
 from io import BytesIO, TextIOWrapper
@@ -21,6 +23,7 @@ from apps.audit import triggers
 from apps.audit.models import AuditEvent
 from apps.audit.services import record
 from esper.contracts import Role
+from hosts.paths import ROOT
 from launcher.command import cli
 from launcher.commands.sections import SECTIONS
 from tests.apps.recipes.rows import make_recipe
@@ -154,6 +157,17 @@ def test_an_unknown_account_cannot_act() -> None:
 
 
 # --- help ---------------------------------------------------------------------------------------
+
+
+def test_up_tells_its_options_before_it_installs_anything(tmp_path: Path) -> None:
+    for name in ("up", "scripts/up_help.txt"):  # a clone without the rest cannot install
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    told = subprocess.run(
+        [tmp_path / "up", "--help"], capture_output=True, text=True, check=True, timeout=20
+    ).stdout
+    known = CliRunner().invoke(cli, ["up", "--help"], prog_name="esper").output
+    assert told.split() == known.replace("Usage: esper up", "Usage: ./up", 1).split()
 
 
 def test_the_help_has_each_command_in_one_section_with_its_whole_sentence() -> None:
