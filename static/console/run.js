@@ -124,7 +124,7 @@ const gutter = () => (innerWidth < 700 ? 58 : 176);
 
 // How far a spike stands above the usual loss. One that hides the rest makes the axis logarithmic.
 function spread(losses) {
-  const known = losses.filter((value) => value !== null).sort((a, b) => a - b);
+  const known = losses.filter(Number.isFinite).sort((a, b) => a - b);
   return known.length > 20 && known[0] > 0 ? known.at(-1) / known[known.length >> 1] : 1;
 }
 

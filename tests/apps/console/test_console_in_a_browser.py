@@ -192,6 +192,27 @@ def test_the_run_page_draws_loss_and_layers_and_says_them_in_words(sign_in: Sign
     expect(page.locator("#loss-table tbody tr").nth(10)).to_be_visible()
 
 
+def test_a_spike_does_not_hide_the_rest_of_a_run_with_a_held_out_loss(sign_in: SignIn) -> None:
+    page = sign_in("vera")
+
+    def answer(route: Route) -> None:
+        steps = [10, 150] if "eval_loss" in route.request.url else list(range(0, 300, 3))
+        loss = [400.0 if step == 150 else 2.0 for step in steps]
+        body = {"step": steps, "min": loss, "mean": loss, "max": loss, "width": 3, "non_finite": []}
+        route.fulfill(json=body)
+
+    page.add_init_script(
+        "addEventListener('readystatechange', () => {"
+        " const panel = document.getElementById('loss');"
+        " if (panel) panel.dataset.heldOut = 'eval_loss'; }, true)"
+    )
+    page.goto("/runs")
+    page.route("**/metrics?*", answer)
+    page.click("a:text-is('digits-cnn')")
+    expect(page.locator("#loss-summary")).to_contain_text("400")
+    assert page.locator("#scale").get_attribute("aria-pressed") == "true"
+
+
 def test_loss_events_and_layers_share_one_axis_and_one_cursor(sign_in: SignIn) -> None:
     page = sign_in("vera")
     page.goto("/runs")
