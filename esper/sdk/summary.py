@@ -11,6 +11,7 @@ import numpy as np
 
 from esper.console import printable
 from esper.contracts import HealthFrame, LayerInfo, Signal
+from esper.diagnosis.base import amount
 from esper.sdk.explaining import Reasons
 from esper.sdk.parts import Parts
 from esper.tables import aligned, cut, html_list, html_table
@@ -144,8 +145,8 @@ def _row(layer: LayerInfo, values: Sequence[float], note: str) -> tuple[str, ...
         layer.kind,
         f"{layer.parameters:,}",
         _number(health, ".2f"),
-        _number(gradient, ".1e"),
-        _number(update, ".1e"),
+        "-" if math.isnan(gradient) else amount(gradient),
+        "-" if math.isnan(update) else amount(update),
         _number(dead, ".0%"),
         cut("; ".join(filter(None, (note, reason))), _LONGEST_CELL),
     )

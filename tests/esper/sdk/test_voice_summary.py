@@ -79,6 +79,20 @@ def test_the_least_healthy_layers_come_first_and_the_rest_is_counted() -> None:
     assert rows[0][-1] == "a graft"
 
 
+def test_numbers_are_written_as_people_write_them() -> None:
+    signals = (Signal.HEALTH, Signal.GRAD_NORM, Signal.UPDATE_RATIO)
+    values = np.full((2, len(SIGNALS)), np.nan, dtype=np.float32)
+    for row, known in enumerate([(0.97, 0.4421, 0.0272), (0.98, 31_000, 4.2e-6)]):
+        for signal, value in zip(signals, known, strict=True):
+            values[row, SIGNALS.index(signal)] = value
+    layers = [a_layer("fc1"), a_layer("fc2")]
+    rows, _ = layer_rows(layers, HealthFrame(5, 0.0, ("fc1", "fc2"), values), {})
+    assert [row[3:7] for row in rows] == [
+        ("0.97", "0.44", "0.027", "-"),
+        ("0.98", "31,000", "4.2e-06", "-"),
+    ]
+
+
 def test_a_long_list_is_cut_and_counted() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))
     with esper.attach(model, torch.optim.SGD(model.parameters(), lr=0.1)) as session:
