@@ -19,7 +19,6 @@ from esper.sdk.surgery import Surgery
 from esper.sdk.treatments import Treatment
 
 WORSE = 1.1  # times the loss at the first remedy: the noise of a median of so many losses
-ERRORS = 2.0  # standard errors of the difference, by which it must be worse too
 NEWEST_LOSSES = 3
 COMPARED_STEPS = 120  # after the last remedy; more where it gave up more steps
 _NONE_HELPED = "none helped"
@@ -103,7 +102,7 @@ class WayBack:
         before, now = self._history.case_of(slug).level, losses.level(self._run)
         first = next(t.step for t in self._history.treatments if t.finding == slug)
         noise = losses.error(self._run, first)
-        return not now <= max(WORSE * abs(before), before + ERRORS * noise)
+        return not now <= max(WORSE * abs(before), before + losses.ERRORS * noise)
 
     # -- both --------------------------------------------------------------------------------------
 

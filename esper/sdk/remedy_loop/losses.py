@@ -14,6 +14,7 @@ RISE = 1.5  # times the usual loss: it has jumped
 GROWTH = 2.0  # times the first loss
 LEARNED = 0.5  # of the first loss
 UNLEARNED = 0.95  # of the first losses: above it nothing was learned, as for update_ratio_low
+ERRORS = 2.0  # standard errors of the difference of two levels: it is no noise
 LESS = 0.8  # of the first losses: below it something was learned
 
 
@@ -31,6 +32,14 @@ def error(run: RunState, until: int) -> float:
     newest = [loss for step, loss in finite if step > until][-LEVEL_LOSSES:]
     known = [part for part in (earlier, newest) if len(part) >= FEWEST_LOSSES]
     return math.sqrt(sum(statistics.variance(part) / len(part) for part in known))
+
+
+def fell_since(run: RunState, at: int) -> bool:
+    """The newest losses are below those up to step ``at``, by more than noise."""
+    before = [loss for step, loss in run.losses if step <= at][-LEVEL_LOSSES:]
+    if len(before) < FEWEST_LOSSES:
+        return False
+    return level(run) < statistics.median(before) - ERRORS * error(run, at)
 
 
 def jumped(run: RunState, at: int) -> bool:

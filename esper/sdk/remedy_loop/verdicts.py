@@ -10,6 +10,7 @@ from esper.exceptions import EsperError
 from esper.remedies import get_remedy
 from esper.sdk.announcing import Announcer
 from esper.sdk.proposing import RemedyProposer
+from esper.sdk.remedy_loop import losses
 from esper.sdk.remedy_loop.history import EARLY_STEPS, IN_VAIN, History
 from esper.sdk.run_state import RunState
 from esper.sdk.surgery import Surgery
@@ -23,6 +24,7 @@ KEPT_AFTER_STEPS = 10  # the finding must be over for so long
 # Rules that are answered by a higher rate; one that is too high does harm.
 RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})
 _AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
+_OF_THE_RATE = frozenset({"match_updates", "set_lr"})
 _READ = frozenset({"grad", "grad_norm", str(Signal.UPDATE_RATIO)})  # in each planned step
 
 
@@ -75,9 +77,14 @@ class Verdicts:
         if found is None or found.severity is Severity.INFO:  # a note, which nothing answers
             if age >= KEPT_AFTER_STEPS:
                 self.keep(treatment, f"{_title(treatment.finding)} is over")
-        elif age >= self._window(treatment, found):
+        elif age >= self._window(treatment, found) and not self._lets_it_learn(treatment):
             self._fail(treatment, f"{_title(treatment.finding)} is still open")
         return None
+
+    def _lets_it_learn(self, treatment: Treatment) -> bool:
+        """The loss falls at the higher rate; the finding, which looks far back, ends later."""
+        raised = treatment.finding in RAISES and treatment.remedy in _OF_THE_RATE
+        return raised and losses.fell_since(self._run, treatment.step)
 
     def _judge_asked_for(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
         """A person's own remedy has no finding: it must not be followed by one."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from esper.remedies import list_remedies
 from esper.sdk.remedy_loop.doses import GENTLE
 from esper.sdk.remedy_loop.history import IN_VAIN, History
 from esper.sdk.remedy_loop.settling import WINDOW, Settling
+from esper.sdk.remedy_loop.verdicts import WINDOW_STEPS, Verdicts
 from esper.sdk.remedy_loop.young_run import YoungRun
 from esper.sdk.run_state import RunState
 from esper.sdk.treatments import Treatment
@@ -309,6 +311,24 @@ def test_a_chosen_rate_is_lowered_once_the_loss_stands_still(
     due = settling.next_step([rewound])
     assert due == (run.step if kept else float("inf"))
     assert settling.stands_still([rewound], run) is (rewound if kept and settles else None)
+
+
+@pytest.mark.parametrize(("level", "ends"), [(2.3, True), (2.2, False), (2.4, True)])
+def test_a_raised_rate_stays_while_the_loss_falls(level: float, ends: bool) -> None:
+    # The finding looks at all losses, so it ends long after the run has begun to learn.
+    run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy())
+    losses = [2.3 + 0.01 * (-1) ** step for step in range(250)]
+    losses += [level + 0.01 * (-1) ** step for step in range(WINDOW_STEPS)]
+    run.losses.extend(enumerate(losses, start=1))
+    run.step = len(losses)
+    evidence = Evidence("the loss is 99.9 % of the first", "a fall", "loss")
+    treatment = Treatment("slow_convergence", "match_updates", 250, None, evidence)
+    history = History()
+    history.treatments.append(treatment)
+    newer: Any = SimpleNamespace(severity=Severity.CAUTION, evidence=replace(evidence, value=0.99))
+    unused: Any = Mock()
+    Verdicts(run, unused, history, unused, None).judge({"slow_convergence": newer})
+    assert bool(treatment.ended) == ends
 
 
 @pytest.mark.parametrize("hard", [True, False])
