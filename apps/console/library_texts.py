@@ -11,6 +11,47 @@ from django.utils.translation import gettext_noop as _
 
 RULES = (
     _(
+        "the outputs of a batch differ by %(spread)s of their size, at first by %(first)s, and an "
+        "update was %(excess)s times as large as a sound one"
+    ),
+    _(
+        "class %(number)s has %(rows)s of the sampled rows, and by the weights of the classes "
+        "%(share)s of the loss"
+    ),
+    _("less than %(share)s of the loss for one class"),
+    _(
+        "Look at the weights of the classes: a rare class needs the larger one, such as rows "
+        "/ (classes * rows of the class); pos_weight is rows of class 0 / rows of class 1."
+    ),
+    _("outputs that depend on the tokens so far"),
+    _(
+        "sequences that begin with the same token have outputs at that place that differ by "
+        "%(distance)s of their size"
+    ),
+    _(
+        "the losses at the first place add up to %(losses)s, and one token allows %(least)s "
+        "at least"
+    ),
+    _(
+        "Mask the attention so that each token sees itself and earlier ones alone, as "
+        "is_causal=True does; take its softmax over the keys, the last axis; use no "
+        "bidirectional layer, and batch_first=True for inputs that have the batch first."
+    ),
+    _("more than one unit in a hidden layer"),
+    _(
+        "%(one)s reads %(inputs)s numbers and passes one on, from which %(other)s computes "
+        "%(outputs)s"
+    ),
+    _("Give the layer more units: at least as many as the model has classes."),
+    _(
+        "the loss began with %(first)s, is %(now)s and falls faster and faster, so nothing "
+        "bounds it"
+    ),
+    _(
+        "Look for a wrong sign or a term that is subtracted, such as a divergence (KL), which "
+        "is added to the error of the reconstruction."
+    ),
+    _(
         "the rows of a batch differ by %(spread)s of the input's size, the root mean square "
         "of which is %(size)s"
     ),

@@ -333,6 +333,8 @@ FINDINGS = {
     "rate_vanished": _("The learning rate has vanished"),
     "repeated_initialisation": _("Repeated initialisation"),
     "saturation": _("Saturation"),
+    "sees_ahead": _("The model sees later tokens"),
+    "single_unit": _("A layer of one unit"),
     "slow_convergence": _("Slow convergence"),
     "softmax_over_batch": _("Softmax over the batch"),
     "sorted_data": _("The data is sorted"),

@@ -157,6 +157,8 @@ LABELS: dict[str, frozenset[str]] = {
     "imbalanced_classes": frozenset({"preprocessing"}),
     "penalty_outweighs": frozenset({"loss", "regularisation"}),
     "posterior_collapse": frozenset({"loss"}),
+    "sees_ahead": frozenset({"layers"}),
+    "single_unit": frozenset({"layers"}),
 }
 
 

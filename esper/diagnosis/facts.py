@@ -95,6 +95,33 @@ class LayerPass:
     values: int = 0
 
 
+class Ahead(NamedTuple):
+    """What the outputs at the first place say, where the model has read one token.
+
+    Attributes:
+        distance: largest relative distance between the outputs of two sequences that begin with the
+            same token; NaN: there are no two, or random numbers were drawn.
+        gained: how far the loss at the first place is below the lowest that is possible for a model
+            that has read that token alone, in nats, summed over the sequences; NaN unknown.
+        least: that lowest loss, in nats, summed.
+    """
+
+    distance: float = math.nan
+    gained: float = math.nan
+    least: float = math.nan
+
+
+UNSEEN = Ahead()
+
+
+class ClassWeight(NamedTuple):
+    """What the loss multiplies the rows of one class by, in the sampled rows."""
+
+    number: int  # of the class
+    rows: int
+    weight: float
+
+
 @dataclass(frozen=True, slots=True)
 class ModelPass:
     """The model's own input and output in one forward pass that trained.
@@ -124,9 +151,12 @@ class ModelPass:
         cross_entropy: mean of the sampled rows, where that is the loss.
         target_class, target_share: of cross-entropy the most frequent class of the sampled rows,
             and its share; -1 and NaN unknown.
+        class_weights: where the loss weights the rows by their class: of each sampled class.
         answered_share: share of the rows for which the model's answer is that class.
         lag: of a model of sequences of tokens, the targets are the model's own input so many places
             later, in all sampled rows; -1: they are not, or nobody knows.
+        ahead: whether its outputs at the first place depend on later tokens, where it predicts the
+            next one.
         layers: in the order of execution.
     """
 
@@ -150,8 +180,10 @@ class ModelPass:
     cross_entropy: float = math.nan
     target_class: int = -1
     target_share: float = math.nan
+    class_weights: tuple[ClassWeight, ...] = ()
     answered_share: float = math.nan
     lag: int = -1
+    ahead: Ahead = UNSEEN
     gradient_square: float = math.nan
 
     @property

@@ -19,15 +19,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.diagnosis.facts import LayerPass, ModelPass
-from esper.diagnosis.output_gradient import CLOSE, classes_of, lag_of, with_loss
-from esper.diagnosis.samples import ROWS, is_readable, plain_kind_of, rows_of
+from esper.diagnosis.output_gradient import CLOSE, with_loss
+from esper.diagnosis.samples import is_readable, plain_kind_of, rows_of
+from esper.diagnosis.sequences import (
+    PLACES,
+    TOKENS,
+    FirstPlaces,
+    ahead_of,
+    are_tokens,
+    classes_of,
+    lag_of,
+    reads_tokens_alone,
+)
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook, register_alike
-from esper.grafting.slot import first_tensor, is_opaque, is_transformed
+from esper.grafting.slot import first_tensor, is_opaque
 from esper.health.transfers import HostTransfer
 
-TOKENS = 1024  # of a model's input
 EXTREME = 0.99
 _SHAPING = (
     "View",
@@ -72,6 +81,11 @@ class ForwardProbe:
         self._gradient: Tensor | None = None
         self._tokens: Tensor | None = None
         self._targets: Tensor | None = None
+        self._form: tuple[int, ...] = ()  # of the tokens
+        self._firsts: list[FirstPlaces] = []
+        self._first_places: Tensor | None = None
+        self._random: Tensor | None = None  # state of the generator at the first layer
+        self._keeps_a_state = any(_keeps_a_state(module) for module in model.modules())
         self._end = ""
         self._axis: int | None = None
 
@@ -82,6 +96,7 @@ class ForwardProbe:
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
         self._linear, self._follows, self._values = {}, {}, {}
         self._end, self._axis, self._tokens, self._targets = "", None, None, None
+        self._firsts, self._first_places, self._random = [], None, None
         for name, module in layer_modules(self._model).items():
             self._register(name, module, partial(self._see_layer, name))
         if not is_opaque(self._model):
@@ -122,7 +137,7 @@ class ForwardProbe:
         transfer.add("layers", [numbers for _, _, numbers in self._layers.values()])
         sent = {
             "input": self._input, "output": self._output, "gradient": self._gradient,
-            "tokens": self._tokens, "targets": self._targets,
+            "tokens": self._tokens, "targets": self._targets, "first": self._first_places,
         }  # fmt: skip
         forms = {name: tensor.shape for name, tensor in sent.items() if tensor is not None}
         for name in forms:
@@ -131,7 +146,7 @@ class ForwardProbe:
         shape = self._shape if self._output is not None else ()
         return partial(
             _model_pass, seen, transfer, dict(self._layers), forms, shape, dict(self._follows),
-            dict(self._values),
+            dict(self._values), self._form,
         )  # fmt: skip
 
     def _hook(self, see: Callable[..., None]) -> PassingHook:
@@ -146,6 +161,8 @@ class ForwardProbe:
         x, y = first_tensor((*args, *kwargs.values())), first_tensor(output)
         if name in self._layers or x is None or y is None or not is_readable(y):
             return
+        if not self._layers and isinstance(module, nn.Embedding):
+            self._random = _generator_state(y.device)
         numbers = _input_numbers(x) if is_readable(x) else _unknown_numbers(y)
         std = rows_of(y).std(correction=0).reshape(1)
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
@@ -170,15 +187,55 @@ class ForwardProbe:
             return
         self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
         self._end, self._axis = end_of(y), softmax_axis_of(y)
-        if x is not None and _are_tokens(x) and y.shape[:-1] == x.shape:
-            self._tokens = x.flatten()[:TOKENS].float()
+        if x is not None and are_tokens(x) and y.shape[:-1] in (x.shape, (x.numel(),)):
+            self._tokens, self._form = x.flatten()[:TOKENS].float(), tuple(x.shape)
+            if reads_tokens_alone(x, args, kwargs) and not self._keeps_a_state:
+                self._firsts = self._first_places_of(x, y.reshape(*x.shape, -1))
         y.register_hook(self._closed(self._see_gradient))  # type: ignore[no-untyped-call]
+
+    def _first_places_of(self, x: Tensor, y: Tensor) -> list[FirstPlaces]:
+        """Along both axes: the targets show which of them is that of the places."""
+        kind = y.device.type
+        is_cast = torch.is_autocast_enabled(kind)
+        used = [y.dtype, torch.get_autocast_dtype(kind)] if is_cast else [y.dtype]
+        used += [p.dtype for p in self._model.parameters() if p.is_floating_point()][:1]
+        coarsest = max(used, key=lambda dtype: torch.finfo(dtype).eps)
+        random = self._draws(y.device)
+        return [FirstPlaces(x, y, axis, random=random, precision=coarsest) for axis in (0, 1)]
+
+    def _draws(self, device: torch.device) -> bool:
+        """Random numbers were drawn behind the table, or nobody knows."""
+        before, now = self._random, _generator_state(device)
+        return before is None or now is None or not torch.equal(before, now)
 
     def _see_gradient(self, gradient: Tensor) -> None:
         if self._gradient is None and is_readable(gradient):
             self._gradient = rows_of(gradient.detach()).clone()
             if self._tokens is not None:
-                self._targets = classes_of(gradient.detach().flatten(0, -2)[:ROWS])
+                gradient = gradient.detach()
+                self._targets = classes_of(gradient.flatten(0, -2)[:PLACES])
+                each = gradient.reshape(*self._form, -1)
+                if self._firsts:
+                    found = [places.read(each) for places in self._firsts]
+                    self._first_places = torch.nn.utils.rnn.pad_sequence(
+                        [numbers_4B.T for numbers_4B in found], padding_value=-1.0
+                    ).permute(1, 2, 0)
+
+
+def _keeps_a_state(module: nn.Module) -> bool:
+    """Of the batches before, from which it knows more than the tokens of this one."""
+    if isinstance(module, nn.RNNBase):
+        return not module.bidirectional
+    return isinstance(module, nn.RNNCellBase)
+
+
+def _generator_state(device: torch.device) -> Tensor | None:
+    """uint8, on the host; None where it is not read."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.get_rng_state(device)
 
 
 def output_of(output: Any) -> Tensor | None:
@@ -214,11 +271,6 @@ def softmax_axis_of(output: Tensor) -> int | None:
     return axis % max(1, output.ndim)
 
 
-def _are_tokens(x: Tensor) -> bool:
-    """int [batch, places], or the places first."""
-    return x.ndim == 2 and x.dtype in (torch.int64, torch.int32) and not is_transformed(x)
-
-
 def _input_numbers(x: Tensor) -> Tensor:
     """float [4]: std, spread over the rows, share of zeros, share of extremes."""
     rows = rows_of(x)
@@ -249,6 +301,7 @@ def _model_pass(
     output_shape: tuple[int, ...],
     follows: Mapping[str, str],
     values: Mapping[str, int],
+    tokens_form: tuple[int, ...],
 ) -> ModelPass:
     """From what has arrived on the host.
 
@@ -256,6 +309,7 @@ def _model_pass(
         forms: shapes of the tensors that were sent whole.
         follows: linear layer -> the linear layer whose output it reads.
         values: norm over the batch -> values of each channel.
+        tokens_form: shape of the model's input, where that is tokens.
     """
     host = {
         name: torch.from_numpy(transfer.take(name, not_a_number=math.nan)).float().reshape(form)
@@ -275,7 +329,10 @@ def _model_pass(
         seen = _with_output(seen, host["output"], output_shape, host.get("gradient"))
     if "targets" in host:
         tokens, targets = host["tokens"].long(), host["targets"].long()
-        seen = replace(seen, lag=lag_of(tokens, targets, output_shape[:-1]))
+        lag, axis = lag_of(tokens, targets, tokens_form)
+        seen = replace(seen, lag=lag)
+        if lag == 1 and "first" in host:
+            seen = replace(seen, ahead=ahead_of(host["first"][axis]))
     return seen
 
 

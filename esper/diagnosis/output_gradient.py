@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from esper.diagnosis.facts import LossKind, ModelPass
+from esper.diagnosis.facts import ClassWeight, LossKind, ModelPass
 
 CLOSE = 1e-3
 SOME = 8  # rows
@@ -21,8 +21,6 @@ SPREAD = 0.05  # of the targets' probabilities, relative to their mean
 LARGEST_TARGET = 1e5  # float32 has no room for decimals of much larger numbers
 ROUND = 0.05  # of a target that somebody chose
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
-LAGS = (1, 0, 2)  # the right one first
-COMPARED, DIFFERENT = 32, 8  # rows, and the tokens among them, that no chance makes equal
 
 
 def with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ...]) -> ModelPass:
@@ -76,6 +74,12 @@ def _with_softmax(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, rows: int) -> Mod
     """Of a gradient whose sum is zero in each row, as behind a softmax."""
     weight = _softmax_weight(y_NC, g_NC)
     targets_NC = torch.softmax(y_NC, 1) - g_NC / weight
+    if not bool(((targets_NC - targets_NC.round()).abs() < CLOSE).all()):
+        # A row of a small weight would look like one with a target of several classes.
+        w_N, weights = _class_weights(y_NC, g_NC)
+        if weights:
+            seen, weight = replace(seen, class_weights=weights), float(w_N.mean())
+            targets_NC = torch.softmax(y_NC, 1) - g_NC / w_N[:, None]
     if not _are_distributions(targets_NC):
         if _are_of_two_softmaxes(y_NC, g_NC):
             return replace(seen, loss_kind=LossKind.TWO_SOFTMAXES)
@@ -112,6 +116,8 @@ def _with_elements(
         return replace(seen, loss_kind=found[0], loss_scale=found[1], target_low=0, target_high=1)
     if shape[-1] == 1 and (averaged := _kind_of_averaged(y_NC, scaled_NC)):
         return replace(seen, loss_kind=averaged, loss_scale=1.0, targets_averaged=True)
+    if shape[-1] == 1 and (weights := _binary_weights(y_NC, g_NC)):
+        return replace(seen, class_weights=weights)
     if math.isnan(seen.gradient_square):
         return seen
     wanted = y_NC - scaled_NC / 2
@@ -208,6 +214,34 @@ def _probability_weight(y_NC: Tensor, g_NC: Tensor) -> float:
     return float(w) if fits and w > 0 else math.nan
 
 
+def _class_weights(y_NC: Tensor, g_NC: Tensor) -> tuple[Tensor, tuple[ClassWeight, ...]]:
+    """(of each row, of each class) of cross-entropy; none of a class where its rows differ."""
+    p_NC, target_N = torch.softmax(y_NC, 1), g_NC.argmin(1)
+    hot_NC = torch.zeros_like(p_NC).scatter_(1, target_N[:, None], 1.0)
+    d_NC = p_NC - hot_NC
+    w_N = (g_NC * d_NC).sum(1) / d_NC.square().sum(1).clamp_min(1e-30)
+    fits = (g_NC - w_N[:, None] * d_NC).norm(dim=1) <= CLOSE * g_NC.norm(dim=1)
+    return w_N, _weights_of(target_N, w_N) if bool(fits.all()) else ()
+
+
+def _binary_weights(y_N1: Tensor, g_N1: Tensor) -> tuple[ClassWeight, ...]:
+    """Of a binary loss of logits with a weight for the rows of class 1, as pos_weight."""
+    target_N = (g_N1[:, 0] < 0).long()
+    return _weights_of(target_N, g_N1[:, 0] / (torch.sigmoid(y_N1[:, 0]) - target_N))
+
+
+def _weights_of(target_N: Tensor, w_N: Tensor) -> tuple[ClassWeight, ...]:
+    """One weight for each class, in at least two, of which one has several rows."""
+    found = []
+    for number in target_N.unique().tolist():
+        own = w_N[target_N == number]
+        weight = float(own.median())
+        if not weight > 0 or bool(((own - weight).abs() > 0.01 * weight).any()):
+            return ()
+        found.append(ClassWeight(number, len(own), weight))
+    return tuple(found) if len(target_N) >= SOME and 1 < len(found) < len(target_N) else ()
+
+
 def _are_of_two_softmaxes(y_NC: Tensor, g_NC: Tensor) -> bool:
     """The rows of the gradient are those of cross-entropy of ``softmax(y)`` with some class.
 
@@ -283,30 +317,3 @@ def _are_equal(values_N1: Tensor) -> bool:
 def _is_round(number: float) -> bool:
     """As people choose it, such as 0.9 for the real samples of a GAN; no mean of samples is."""
     return abs(number / ROUND - round(number / ROUND)) < CLOSE
-
-
-def classes_of(g_NC: Tensor) -> Tensor:
-    """float [N]: the class with the lowest gradient, the target of cross-entropy; -1: no target."""
-    lowest, classes = g_NC.min(1)
-    return torch.where(lowest < 0, classes, -1).float()
-
-
-def lag_of(tokens: Tensor, targets: Tensor, form: tuple[int, ...]) -> int:
-    """The targets are the tokens so many places later, along either axis; -1: they are not.
-
-    Args:
-        tokens: int, those of the input [batch, places], flattened, as far as they were sent.
-        targets: int [N], of its first N places; below 0 for a place that the loss ignores.
-        form: of the input.
-    """
-    place = torch.arange(len(targets), device="cpu")
-    for lag in LAGS:
-        for apart, room in ((1, form[1] - place % form[1]), (form[1], form[0] - place // form[1])):
-            later = place + lag * apart
-            compared = (targets >= 0) & (room > lag) & (later < len(tokens))
-            wanted = tokens[later[compared]]
-            if len(wanted) < COMPARED or len(set(wanted.tolist())) < DIFFERENT:
-                continue
-            if bool((targets[compared] == wanted).all()):
-                return lag
-    return -1

@@ -214,7 +214,7 @@ OPERATORS: dict[str, tuple[Operator, frozenset[str]]] = {
     "output zeroed and frozen": (zeroed("out"), frozenset({"frozen_part"})),
     "Q frozen": (frozen("q"), frozenset({"frozen_part"})),
     "V frozen": (frozen("v"), frozenset({"frozen_part"})),
-    "mask is missing": (masked("none"), frozenset()),
+    "mask is missing": (masked("none"), frozenset({"sees_ahead"})),
     "each place sees itself alone": (masked("self"), frozenset()),
     "scores too large": (scale_of_scores, frozenset({"bad_initialisation", "exploding_gradient"})),
     "scores vanish": (scores_vanish, frozenset({"vanishing_gradient"})),

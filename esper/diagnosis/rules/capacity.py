@@ -68,7 +68,7 @@ class Capacity(Rule):
             "gradients_not_zeroed", "bad_initialisation", "repeated_initialisation",
             "training_in_eval_mode", "abnormal_data", "rate_vanished",
             "weight_decay_high", "constant_output", "dropout_high", "frozen_at_random",
-            "sorted_data", "momentum_high",
+            "sorted_data", "momentum_high", "clipped_to_nothing",
         }
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from esper.contracts import Severity
-from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
+from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.facts import Gradients
 from esper.diagnosis.observation import Observation, Unknown
 
@@ -38,6 +38,7 @@ class ClippedToNothing(Rule):
     severity = Severity.CAUTION
     false_alarm = "Gradients that a script makes equally long on purpose, at a tiny rate."
     advice = "Raise the limit of the clipping, such as max_grad_norm; 1 is usual."
+    remedies = (RemedySlug.MATCH_UPDATES, RemedySlug.SET_LR, RemedySlug.TELL)
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         if not observation.follows_gradient:

@@ -9,7 +9,7 @@ from esper.diagnosis.observation import Observation, Unknown
 
 MOVED = 0.02
 WARM_UP = 10
-ZERO_RATE = 50
+ZERO_RATE, ZERO_UPDATES = 50, 20
 _ZERO_RATE = (
     "Look at the schedule: what it multiplies the rate by is 0, as a whole-number division or a "
     "warm-up that counts epochs gives. In Lightning, interval decides what it counts."
@@ -30,6 +30,10 @@ class NothingMoves(Rule):
             "RAdamScheduleFree begins with five updates at a rate of zero",
         ),
         Threshold("a rate of 0 since the start", ZERO_RATE, "steps", "chosen: warm-ups begin at 0"),
+        Threshold(
+            "the same, where the updates are counted", ZERO_UPDATES, "updates",
+            "chosen: a warm-up has one of them, and one that counts epochs an epoch",
+        ),
     )  # fmt: skip
     severity = Severity.CRITICAL
     false_alarm = "Gradients that are exactly zero because the loss is already zero."
@@ -42,7 +46,7 @@ class NothingMoves(Rule):
 
     def check(self, observation: Observation, memory: Memory) -> Evidence | None:
         reading = observation.last_gradients
-        if observation.step >= ZERO_RATE and not any(rate != 0 for _, rate in observation.rates):
+        if _is_at_zero(observation):
             return Evidence(
                 observed=f"the learning rate has been 0 since the start, for {observation.step:,} "
                 "steps",
@@ -73,3 +77,13 @@ class NothingMoves(Rule):
             value=reading.moved,
             since_step=max(1, observation.step - reading.updates),
         )
+
+
+def _is_at_zero(observation: Observation) -> bool:
+    """The rate has been 0 since the start; steps that only add up gradients make no update."""
+    if any(rate != 0 for _, rate in observation.rates):
+        return False
+    readings = observation.gradients
+    counted = len(readings) == readings[-1].readings and all(r.rate == 0 for r in readings)
+    updates = sum(reading.updates for reading in readings) if counted else 0
+    return observation.step >= ZERO_RATE or updates >= ZERO_UPDATES

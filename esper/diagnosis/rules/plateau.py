@@ -44,6 +44,7 @@ class Plateau(Rule):
     explained_by = frozenset(
         {
             "non_finite", "nothing_moves", "dying_relu", "vanishing_gradient", "update_ratio_low",
+            "clipped_to_nothing",
             "update_ratio_high", "over_fitting", "memorised_noise", "slow_convergence",
             "wrong_output_activation", "wrong_loss", "rate_vanished",
             "weight_decay_high", "constant_output",

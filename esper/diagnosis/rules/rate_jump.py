@@ -97,13 +97,17 @@ class RateJump(Rule):
         usual = losses[steps <= before_step][-LEVEL_LOSSES:]
         if len(usual) < FEWEST_LOSSES:
             return
-        level = float(np.median(usual))
+        # A rate that has stayed the same was read long ago, and the loss has fallen since.
+        latest = losses[steps <= step][-FEWEST_LOSSES:]
+        level = float(min(np.median(usual[-FEWEST_LOSSES:]), np.median(latest)))
+        # From one step to the next, so that a loss that falls is not taken for a noisy one.
+        noise = np.abs(np.diff(usual))
         memory.notes["jump"] = {
             "rates": (before, rate),
             "since": before_step + 1,
             "seen": step,
             "level": level,
-            "spread": 1.4826 * float(np.median(np.abs(usual - level))),
+            "spread": 1.4826 / math.sqrt(2.0) * float(np.median(noise)),
         }
 
 

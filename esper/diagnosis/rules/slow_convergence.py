@@ -65,7 +65,8 @@ class SlowConvergence(Rule):
         {
             "non_finite", "nothing_moves", "not_held", "unreached", "frozen_part", "dying_relu",
             "vanishing_gradient", "exploding_gradient", "bad_initialisation", "update_ratio_high",
-            "update_ratio_low", "wrong_output_activation", "wrong_loss", "oscillating_loss",
+            "update_ratio_low",
+            "clipped_to_nothing", "wrong_output_activation", "wrong_loss", "oscillating_loss",
             "repeated_initialisation", "saturation", "loss_spike", "rate_jump", "rate_vanished",
             "weight_decay_high", "constant_output", "no_gradient",
         }

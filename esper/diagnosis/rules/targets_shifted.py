@@ -5,7 +5,7 @@ import math
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
-from esper.diagnosis.output_gradient import COMPARED, DIFFERENT
+from esper.diagnosis.sequences import COMPARED, DIFFERENT
 
 COPIED = 0.1
 TWICE = 2

@@ -168,6 +168,8 @@ class UpdateRatioHigh(Rule):
         losses = observation.finite_losses()[1][-2 * LEVEL :]
         if len(losses) < 2 * LEVEL or _falls(losses, -math.inf):
             return None
+        if np.mean(losses) >= GUESSING * first.guessing_loss:
+            return None  # which says enough by itself
         return Evidence(
             observed=f"the outputs of a batch differ by {spread:.1e} of their size, at first by "
             f"{first.output_spread:.2g}, and an update was {observation.update_excess:.2g} times "

@@ -72,6 +72,7 @@ class UpdateRatioLow(Rule):
             "dying_relu",
             "non_finite",
             "rate_vanished",
+            "clipped_to_nothing",
         }
     )
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.facts import LossKind, ModelPass
@@ -11,6 +13,8 @@ from esper.diagnosis.observation import CAME_TRAINED, Observation, Unknown
 SAME_LOSSES = 3
 EXACT = 0.01
 SEVERAL, MOST_CLASSES = 3, 20
+BEGINNING, ENDLESS_FROM = 20, 80
+ENDLESS, FASTER = 100.0, 1.6
 BINARY = (LossKind.BINARY, LossKind.BINARY_LOGITS)
 
 
@@ -29,9 +33,17 @@ class WrongLoss(Rule):
             "ratio",
             "chosen: who makes a trained model forget begins below it",
         ),
+        Threshold(
+            "loss below zero / largest of the first losses, of one without end", ENDLESS, "ratio",
+            "chosen: a density that is learned falls below zero by a few of these",
+        ),
+        Threshold(
+            "the same / that of the quarter before, in two of them", FASTER, "ratio",
+            "chosen: a straight line has 1.4, a square of the time 2",
+        ),
         Threshold("equal losses without a gradient", SAME_LOSSES, "steps", "none by chance"),
         Threshold("largest whole number that looks like a class", MOST_CLASSES, "class", "chosen"),
-    )
+    )  # fmt: skip
     severity = Severity.SERIOUS
     false_alarm = "A loss of one's own whose gradient looks like that of a known one."
     advice = "Use the loss that fits the outputs: cross_entropy for classes, mse_loss for numbers."
@@ -45,6 +57,8 @@ class WrongLoss(Rule):
             return constant
         if negated := _negated(observation, seen):
             return negated
+        if endless := _without_end(observation, memory):
+            return endless
         if seen.loss_kind is LossKind.UNKNOWN:
             raise Unknown("the loss is not one that its gradient shows")
         return (
@@ -170,6 +184,29 @@ def _negated(observation: Observation, seen: ModelPass) -> Evidence | None:
     )
 
 
+def _without_end(observation: Observation, memory: Memory) -> Evidence | None:
+    """The loss began above zero, and falls below it faster and faster: nothing bounds it.
+
+    What is learned falls more and more slowly. Not the losses of a critic or of rewards, which
+    begin on both sides of zero.
+    """
+    losses = observation.finite_losses()[1]
+    beginning = observation.first_losses if len(observation.first_losses) else losses[:BEGINNING]
+    largest = float(np.abs(beginning).max())
+    if len(losses) < ENDLESS_FROM or largest == 0 or not observation.first_training_loss > 0:
+        return None
+    before, then, now = (float(np.median(part)) for part in np.array_split(losses, 4)[1:])
+    grows = before < 0 and then < FASTER * before and now < FASTER * then
+    if not now < -ENDLESS * largest or not (grows or memory.is_open) or observation.is_warming_up:
+        return None
+    return _evidence(
+        f"the loss began with {observation.first_training_loss:.3g}, is {observation.loss:.3g} and "
+        "falls faster and faster, so nothing bounds it",
+        "Look for a wrong sign or a term that is subtracted, such as a divergence (KL), which is "
+        "added to the error of the reconstruction.",
+    )
+
+
 def _negative(observation: Observation, seen: ModelPass) -> Evidence | None:
     loss = observation.loss
     told = (LossKind.LIKELIHOOD, LossKind.PROBABILITY)
@@ -178,10 +215,19 @@ def _negative(observation: Observation, seen: ModelPass) -> Evidence | None:
     is_square = seen.loss_kind is LossKind.SQUARED and seen.target_low == seen.target_high == 0
     if not loss < 0 or seen.loss_kind in told or is_negated or is_square:
         return None
-    return _evidence(
+    found = _evidence(
         f"the loss is {loss:.3g}, and {seen.loss_kind} is never below zero",
         "Look for a wrong sign, or for a term that is subtracted.",
     )
+    # The logarithm of a weight that is learned, as one for each task, may be any number.
+    return replace(found, severity=Severity.INFO) if _has_other_terms(observation, seen) else found
+
+
+def _has_other_terms(observation: Observation, seen: ModelPass) -> bool:
+    """The loss is cross-entropy and something else."""
+    own = seen.cross_entropy * seen.loss_scale
+    whole = observation.losses[observation.loss_steps == seen.step]
+    return bool(len(whole) and abs(whole[0] - own) > EXACT * abs(own))
 
 
 def _evidence(observed: str, advice: str) -> Evidence:

@@ -22,7 +22,9 @@ WINDOW_STEPS, URGENT_WINDOW_STEPS = 120, 20  # for so long a remedy is given tim
 UNMEASURED_WINDOWS = 20  # how much longer, while nothing new was measured
 KEPT_AFTER_STEPS = 10  # the finding must be over for so long
 # Rules that are answered by a higher rate; one that is too high does harm.
-RAISES = frozenset({"update_ratio_low", "slow_convergence", "vanishing_gradient"})
+RAISES = frozenset(
+    {"update_ratio_low", "clipped_to_nothing", "slow_convergence", "vanishing_gradient"}
+)
 _AGAIN = frozenset({"rewind", "set_lr"})  # have a stronger dose
 _OF_THE_RATE = frozenset({"match_updates", "set_lr"})
 _READ = frozenset({"grad", "grad_norm", str(Signal.UPDATE_RATIO)})  # in each planned step

@@ -102,3 +102,18 @@ def test_a_jump_after_which_the_run_guesses_is_told_although_its_losses_were_noi
         Memory(),
     )
     assert (found is not None) is told
+
+
+def test_the_level_before_a_jump_is_that_of_the_newest_losses() -> None:
+    """The rate was read long ago: a loss that has fallen since is no noise, and no level."""
+    steps = np.arange(1, 157)
+    losses = np.where(steps <= 151, 2.3 - steps / 130, 2.25)
+    rates = [(10, 0.001), (40, 0.001), (100, 0.001), (152, 1.0)]
+    memory = Memory()
+    seen = [
+        RateJump().check(
+            Observation(step=now, loss_steps=steps[:now], losses=losses[:now], rates=rates), memory
+        )
+        for now in (152, 156)
+    ]
+    assert seen[-1] is not None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,9 @@ from esper.diagnosis.observation import Observation
 from esper.diagnosis.plan import Plan
 from esper.diagnosis.recorder import Recorder
 from esper.diagnosis.rules.imbalanced_classes import ImbalancedClasses
+from esper.diagnosis.rules.sees_ahead import SeesAhead
+from esper.diagnosis.rules.wrong_loss import WrongLoss
+from esper.diagnosis.sequences import FirstPlaces, ahead_of
 from esper.fail_closed import FailClosed
 from esper.health.transfers import HostTransfer
 from tests.esper.diagnosis.small_runs import (
@@ -978,6 +983,20 @@ def test_batches_whose_gradients_are_added_undivided_are_told(
     assert bool(found) is (severity is not None)
 
 
+@pytest.mark.parametrize(("first", "told"), [(1, False), (25, True)])
+def test_a_rate_of_zero_for_an_epoch_is_told_while_it_lasts(first: int, told: bool) -> None:
+    """A warm-up that counts epochs begins with a whole one at a rate of zero."""
+    result = Run(schedule=lambda step: float(step >= first), steps=30).go()
+    assert ("nothing_moves" in result.steps) is told
+    assert not result.open
+
+
+def test_gradients_clipped_to_nothing_are_told_once() -> None:
+    found = clipped(1e-6).go().steps
+    assert "clipped_to_nothing" in found
+    assert "update_ratio_low" not in found
+
+
 def test_a_warm_up_that_does_not_end_is_told_as_one() -> None:
     result = Run(schedule=lambda step: step / 1e7, steps=900).go()
     assert "warmup_steps" in result.first("update_ratio_low").remedy
@@ -1026,6 +1045,67 @@ def test_a_model_that_copies_its_input_at_once_is_told() -> None:
         optimizer=lambda m: adam(m, 0.05), steps=40,
     ).go()  # fmt: skip
     assert result.first("targets_shifted").severity is Severity.CAUTION
+
+
+class Attending(nn.Module):
+    """Logits of the next token, by one layer of attention."""
+
+    def __init__(self, mask: str, axis: int = -1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(50, 16), nn.Embedding(16, 16)
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.drop, self.head = nn.Dropout(dropout), nn.Linear(16, 50)
+        ones = torch.ones(16, 16, dtype=torch.bool)
+        self.hidden = {"causal": ones.triu(1), "none": ~ones, "inverted": ones.tril()}[mask]
+        self.axis = axis
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.drop(self.table(tokens) + self.places(torch.arange(16)))
+        scores = (self.query(x) @ self.key(x).mT / 4).masked_fill(self.hidden, -1e9)
+        out: Tensor = self.head(x + scores.softmax(self.axis) @ self.value(x))
+        return out.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "steps", "told"),
+    [
+        ("causal", {}, 20, False),
+        ("causal", {"dropout": 0.1}, 20, False),
+        ("none", {}, 1, True),
+        ("inverted", {}, 1, True),
+        ("causal", {"axis": -2}, 1, True),
+    ],
+)
+def test_a_model_that_sees_later_tokens_is_told(
+    mask: str, options: dict[str, Any], steps: int, told: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Attending(mask, **options)
+    optimizer = adam(model, 0.02)
+    with esper.attach(model, optimizer, mode="observe", server="", verbose=False) as session:
+        for _ in range(steps):
+            tokens = torch.randint(8, (64, 17)) + 40
+            loss = F.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:].flatten())
+            torch.autograd.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            session.step(loss)
+        found = {f.slug: f.severity for f in session.findings()}
+    assert found.get("sees_ahead") is (Severity.SERIOUS if told else None)
+
+
+@pytest.mark.parametrize("knows", [False, True])
+def test_what_one_token_cannot_tell_shows_a_leak_with_dropout_too(knows: bool) -> None:
+    """A model of one token that has memorised its batch reaches the bound, and is not below it."""
+    tokens = torch.randint(4, (64, 9), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = 3
+    targets = F.one_hot(tokens[:, 1:], 4).double()
+    known = targets if knows else targets.mean(0, keepdim=True).expand_as(targets)
+    outputs = known.clamp_min(1e-3).log()
+    first = FirstPlaces(tokens[:, :-1], outputs, 1, random=True, precision=torch.float32)
+    seen = ModelPass(1, ahead=ahead_of(first.read(outputs.softmax(-1) - targets)))
+    found = SeesAhead().check(Observation(passes=(seen,)), Memory())
+    assert (found is not None) is knows
 
 
 @pytest.mark.parametrize(
@@ -1085,6 +1165,32 @@ def test_a_class_that_is_nearly_alone_and_the_only_answer_is_told(
     found = ImbalancedClasses().check(Observation(step=600, passes=passes), Memory())
     told = None if found is None else found.severity or ImbalancedClasses.severity
     assert told is severity
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_weights_that_take_a_rare_class_out_of_the_loss_are_told(
+    outputs: int, inverted: bool
+) -> None:
+    """Measured: with a tenth of the rows in class 1 and these weights, no row of it is found."""
+    torch.manual_seed(0)
+    x, y = digits()
+    rare = (y == 8).long()
+    counts = torch.bincount(rare).double()
+    weights = (counts if inverted else 1 / counts) / counts.sum()
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        if outputs == 2:
+            return F.cross_entropy(out, target, weight=weights.float())
+        return F.binary_cross_entropy_with_logits(
+            out[:, 0], target.float(), pos_weight=weights[1] / weights[0]
+        )
+
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, outputs))
+    result = Run(model, (x, rare), loss, batch=64, steps=31).go()
+    found = {f.slug: f.remedy for f in result.open}
+    assert ("imbalanced_classes" in found) is inverted
+    assert not inverted or "pos_weight" in found["imbalanced_classes"]
 
 
 def test_a_rare_class_that_is_answered_is_a_note() -> None:
@@ -1225,3 +1331,64 @@ def test_a_trained_model_may_be_made_to_forget(trained: bool, told: bool) -> Non
     assert ("wrong_loss" in result.steps) is told
     if told:
         assert "with a minus sign" in result.first("wrong_loss").observed
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_divergence_with_the_wrong_sign_is_a_loss_without_end(sign: float) -> None:
+    torch.manual_seed(0)
+    model, (x, _) = Variational(), digits()
+
+    def loss(out: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
+        seen, mean, spread = out
+        divergence = 0.5 * (mean**2 + spread.exp() - spread - 1).sum(1).mean()
+        return F.mse_loss(seen, target) + sign * 0.01 * divergence
+
+    found = Run(model, (x, x), loss, lambda m: adam(m, 5e-3), steps=130).go().steps  # type: ignore[arg-type]
+    assert ("wrong_loss" in found) is (sign < 0)
+
+
+@pytest.mark.parametrize("units", [1, 8])
+def test_a_layer_of_one_unit_is_told_by_its_name(units: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, units), nn.ReLU(), nn.Linear(units, 32),
+        nn.ReLU(), nn.Linear(32, 10),
+    )  # fmt: skip
+    result = Run(model, steps=130).go()
+    told = [f.layer for f in result.open if f.slug == "single_unit"]
+    assert told == (["2"] if units == 1 else [])
+    assert units > 1 or result.first("single_unit").severity is Severity.CAUTION
+
+
+def test_a_gate_of_one_unit_beside_the_path_is_no_layer_of_one_unit() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Sequential(nn.Linear(32, 1), nn.ReLU(), nn.Linear(1, 32), nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gate(x)
+
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), Gate(), nn.Linear(32, 10))
+    assert "single_unit" not in Run(model, steps=12).go().steps
+
+
+@pytest.mark.parametrize(("first", "severity"), [(2.0, None), (2.7, Severity.INFO)])
+def test_a_learned_weight_of_each_task_may_take_the_loss_below_zero(
+    first: float, severity: Severity | None
+) -> None:
+    """The logarithm of each weight is added, which may be any number."""
+    seen = ModelPass(
+        1,
+        output_shape=(32, 10),
+        loss_kind=LossKind.CROSS_ENTROPY,
+        loss_scale=1.0,
+        cross_entropy=2.0,
+    )
+    losses = np.array([first, 1.0, -0.5])
+    observation = Observation(
+        step=3, loss_steps=np.arange(1, 4), losses=losses, passes=(seen,), gradients=(),
+    )  # fmt: skip
+    found = WrongLoss().check(observation, Memory())
+    assert found is not None
+    assert found.severity is severity
