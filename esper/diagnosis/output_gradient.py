@@ -233,7 +233,7 @@ def _binary_weights(y_N1: Tensor, g_N1: Tensor) -> tuple[ClassWeight, ...]:
 def _weights_of(target_N: Tensor, w_N: Tensor) -> tuple[ClassWeight, ...]:
     """One weight for each class, in at least two, of which one has several rows."""
     found = []
-    for number in target_N.unique().tolist():
+    for number in sorted(set(target_N.tolist())):
         own = w_N[target_N == number]
         weight = float(own.median())
         if not weight > 0 or bool(((own - weight).abs() > 0.01 * weight).any()):
