@@ -331,7 +331,11 @@ def _was_written(found: nn.Module) -> bool:
 def _some_numbers(found: nn.Module) -> list[Tensor]:
     """Of the first matrices, on their device, so that nothing waits for it."""
     matrices = [
-        p for p in found.parameters() if len(shape_of(p) or ()) > 1 and p.layout is torch.strided
+        p
+        for p in found.parameters()
+        if len(shape_of(p) or ()) > 1 and p.layout is torch.strided
+        # Neither spread over ranks, nor quantised, nor without numbers.
+        if type(p.detach()) is Tensor and not p.is_meta
     ]
     kept = matrices[:MARKED]
     return [p.detach()[(0,) * (p.ndim - 1)][:FIRST].clone() for p in kept if p.numel()]

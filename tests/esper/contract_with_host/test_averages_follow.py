@@ -252,6 +252,16 @@ def test_an_earlier_model_keeps_no_hook_of_a_later_session() -> None:
         assert not one._load_state_dict_post_hooks
 
 
+def test_a_copy_on_the_meta_device_is_in_nobodys_way() -> None:
+    model = OnlyHere(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    shapes = copy.deepcopy(model).to("meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with esper.attach(model, optimizer, verbose=False) as session:
+        session.step(model(torch.ones(2, 4)).sum())
+        session.graft("0", "proj_lora_64")
+    assert shapes[0].weight.is_meta
+
+
 def test_a_member_of_a_population_takes_over_the_weights_of_a_better_one() -> None:
     """Both train; the one that Esper does not know of loads the other's state after a graft."""
     pairs = [(model := MODELS["mlp"](), torch.optim.Adam(model.parameters())) for _ in range(2)]
