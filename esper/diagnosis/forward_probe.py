@@ -26,10 +26,11 @@ from esper.diagnosis.sequences import (
     TOKENS,
     FirstPlaces,
     ahead_of,
+    alone,
     are_tokens,
+    beside,
     classes_of,
     lag_of,
-    reads_tokens_alone,
 )
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.graph import kind_of, layer_modules
@@ -188,12 +189,13 @@ class ForwardProbe:
         self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
         self._end, self._axis = end_of(y), softmax_axis_of(y)
         if x is not None and are_tokens(x) and y.shape[:-1] in (x.shape, (x.numel(),)):
-            self._tokens, self._form = x.flatten()[:TOKENS].float(), tuple(x.shape)
-            if reads_tokens_alone(x, args, kwargs) and not self._keeps_a_state:
-                self._firsts = self._first_places_of(x, y.reshape(*x.shape, -1))
+            others, self._form = beside(x, args, kwargs), tuple(x.shape)
+            self._tokens = alone(x, others or []).flatten()[:TOKENS].float()
+            if others is not None and not self._keeps_a_state:
+                self._firsts = self._first_places_of(x, y.reshape(*x.shape, -1), others)
         y.register_hook(self._closed(self._see_gradient))  # type: ignore[no-untyped-call]
 
-    def _first_places_of(self, x: Tensor, y: Tensor) -> list[FirstPlaces]:
+    def _first_places_of(self, x: Tensor, y: Tensor, others: list[Tensor]) -> list[FirstPlaces]:
         """Along both axes: the targets show which of them is that of the places."""
         kind = y.device.type
         is_cast = torch.is_autocast_enabled(kind)
@@ -201,7 +203,9 @@ class ForwardProbe:
         used += [p.dtype for p in self._model.parameters() if p.is_floating_point()][:1]
         coarsest = max(used, key=lambda dtype: torch.finfo(dtype).eps)
         random = self._draws(y.device)
-        return [FirstPlaces(x, y, axis, random=random, precision=coarsest) for axis in (0, 1)]
+        return [
+            FirstPlaces(x, y, others, axis, random=random, precision=coarsest) for axis in (0, 1)
+        ]
 
     def _draws(self, device: torch.device) -> bool:
         """Random numbers were drawn behind the table, or nobody knows."""

@@ -30,19 +30,28 @@ class FirstPlaces:
     Args:
         tokens: int [B, T], or [T, B] for axis 0.
         outputs: float [B, T, V], in the order of ``tokens``.
+        others: what the model got beside them, int or bool of the same shape.
         axis: of the places.
         random: numbers were drawn in the forward pass, as by dropout.
         precision: the coarsest one of the forward pass; a smaller distance is its rounding.
     """
 
     def __init__(
-        self, tokens: Tensor, outputs: Tensor, axis: int, *, random: bool, precision: torch.dtype
+        self,
+        tokens: Tensor,
+        outputs: Tensor,
+        others: Iterable[Tensor],
+        axis: int,
+        *,
+        random: bool,
+        precision: torch.dtype,
     ) -> None:
         rows = max(2, min(ROWS, ELEMENTS // max(1, outputs.shape[-1])))
         self._axis, self._rows, self._random = axis, rows, random
         self._rounding = ROUNDED * torch.finfo(precision).eps
         self._tokens_B = tokens.select(axis, 0)[:rows].clone()
         self._outputs_BV = outputs.select(axis, 0)[:rows].detach().float().clone()
+        self._known = [_adds_nothing(other, tokens, axis) for other in others]
 
     def read(self, gradient: Tensor) -> Tensor:
         """float [4, B]: token, target or -1, loss, distance to the first row with that token."""
@@ -55,6 +64,8 @@ class FirstPlaces:
         if self._random:
             distance_B = torch.full_like(distance_B, math.nan)
         target_B = torch.where(lowest_B < 0, target_B, -1)
+        for known in self._known:
+            target_B = torch.where(known, target_B, -1)
         return torch.stack([x_B.float(), target_B.float(), loss_B, distance_B])
 
 
@@ -90,18 +101,41 @@ def are_tokens(x: Tensor) -> bool:
     return x.ndim == 2 and x.dtype in (torch.int64, torch.int32) and not is_transformed(x)
 
 
-def reads_tokens_alone(tokens: Tensor, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Beside the tokens the model got masks, places or targets at most, one for each token."""
-    return all(
-        value is tokens
-        or value is None
-        or isinstance(value, bool | int | float | str)
-        or (
-            isinstance(value, Tensor)
-            and not value.is_floating_point()
-            and value.shape == tokens.shape
-        )
-        for value in (*args, *kwargs.values())
+def beside(tokens: Tensor, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor] | None:
+    """The other arguments with a value for each token; None: the model read more than these."""
+    others = [value for value in (*args, *kwargs.values()) if value is not tokens]
+    tensors = [value for value in others if isinstance(value, Tensor)]
+    if any(value.is_floating_point() or value.shape != tokens.shape for value in tensors):
+        return None
+    plain = (
+        value is None or isinstance(value, bool | int | float | str | Tensor) for value in others
+    )
+    return tensors if all(plain) else None
+
+
+def alone(tokens: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """The tokens; -1 for each where the model read another sequence too, as a decoder does."""
+    for other in others:
+        known = _adds_nothing(other, tokens, 0) | _adds_nothing(other, tokens, 1)
+        tokens = tokens.where(known, -1)
+    return tokens
+
+
+def _adds_nothing(other: Tensor, tokens: Tensor, axis: int) -> Tensor:
+    """bool scalar: a mask, places that are those of each sequence, or the tokens as targets.
+
+    Another sequence, as an encoder reads it, and places that differ say more than the tokens do.
+    """
+    if other.dtype is torch.bool:
+        return torch.ones((), dtype=torch.bool, device=tokens.device)
+    later = tokens.shape[axis] - 1
+    next_ones = other.narrow(axis, 0, later) == tokens.narrow(axis, 1, later)
+    ignored = other < 0
+    return (
+        ((other == 0) | (other == 1)).all()
+        | (other == other.narrow(1 - axis, 0, 1)).all()
+        | ((other == tokens) | ignored).all()
+        | (next_ones | ignored.narrow(axis, 0, later)).all()
     )
 
 

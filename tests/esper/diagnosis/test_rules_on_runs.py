@@ -1094,6 +1094,52 @@ def test_a_model_that_sees_later_tokens_is_told(
     assert found.get("sees_ahead") is (Severity.SERIOUS if told else None)
 
 
+class Beside(Attending):
+    """Reads a second argument, which has a value for each token as well."""
+
+    def forward(self, tokens: Tensor, beside: Tensor) -> Tensor:
+        return super().forward(tokens) + self.head(self.table(beside)[:, :1]).expand(
+            -1, 16, -1
+        ).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("beside", "mask", "told"),
+    [
+        ("source", "causal", False),
+        ("places", "causal", False),
+        ("alike", "none", True),
+        ("targets", "none", True),
+        ("copy", "causal", False),
+    ],
+)
+def test_what_a_model_reads_beside_its_tokens_is_no_later_token(
+    beside: str, mask: str, told: bool
+) -> None:
+    """A decoder knows the source from the encoder, and packed texts begin at other places."""
+    torch.manual_seed(0)
+    model = Beside(mask)
+    optimizer = adam(model, 0.02)
+    tokens = torch.randint(8, (64, 17)) + 40
+    places = torch.arange(16).expand(64, 16)
+    others = {
+        "source": torch.randint(50, (64, 16)),
+        "places": places + torch.randint(9, (64, 1)),
+        "alike": places,
+        "targets": tokens[:, 1:],
+        "copy": tokens[:, :-1].roll(1, 1),
+    }
+    wanted = tokens[:, :-1] if beside == "copy" else tokens[:, 1:]
+    with esper.attach(model, optimizer, mode="observe", server="", verbose=False) as session:
+        loss = F.cross_entropy(model(tokens[:, :-1], others[beside]), wanted.flatten())
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+        found = {f.slug for f in session.findings()}
+    assert ("sees_ahead" in found) is told
+    assert "targets_shifted" not in found
+
+
 @pytest.mark.parametrize("knows", [False, True])
 def test_what_one_token_cannot_tell_shows_a_leak_with_dropout_too(knows: bool) -> None:
     """A model of one token that has memorised its batch reaches the bound, and is not below it."""
@@ -1102,7 +1148,7 @@ def test_what_one_token_cannot_tell_shows_a_leak_with_dropout_too(knows: bool) -
     targets = F.one_hot(tokens[:, 1:], 4).double()
     known = targets if knows else targets.mean(0, keepdim=True).expand_as(targets)
     outputs = known.clamp_min(1e-3).log()
-    first = FirstPlaces(tokens[:, :-1], outputs, 1, random=True, precision=torch.float32)
+    first = FirstPlaces(tokens[:, :-1], outputs, [], 1, random=True, precision=torch.float32)
     seen = ModelPass(1, ahead=ahead_of(first.read(outputs.softmax(-1) - targets)))
     found = SeesAhead().check(Observation(passes=(seen,)), Memory())
     assert (found is not None) is knows
