@@ -21,7 +21,19 @@ MATCHED = 2e-3  # to which a new rate of SGD is brought: the upper end of those
 LATER_OF_ADAGRAD = 100  # updates, after which one is a tenth of the first
 FIRST_UPDATES = 10  # Adam's mean of the gradients spans so many
 EXCESSIVE = 10.0  # times a sound update
+BY_DECAY = 1.1  # update / weight decay, below which the gradient has no part in it
 OF_THE_WEIGHTS = ("AdamW", "Muon")  # their weight decay is no part of the gradient
+
+
+def is_decay_alone(update: float, settings: UpdateSettings) -> bool:
+    """The weights move because their decay takes a share of them, and hardly by the gradient.
+
+    A higher rate would raise the decay too.
+
+    Args:
+        update: relative to the weights.
+    """
+    return 0 < update < BY_DECAY * settings.decay
 
 
 def sound_update(optimizers: Iterable[torch.optim.Optimizer], updates: int) -> float:

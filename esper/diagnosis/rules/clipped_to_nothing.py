@@ -8,6 +8,7 @@ from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.facts import Gradients
 from esper.diagnosis.observation import Observation, Unknown
+from esper.diagnosis.updates import is_decay_alone
 
 READINGS = 3
 LOW = 1e-5
@@ -62,6 +63,7 @@ class ClippedToNothing(Rule):
             signal="grad_norm",
             value=norms[-1],
             since_step=newest[0].step,
+            only_tell=is_decay_alone(change, newest[-1].settings),
         )
 
 

@@ -7,13 +7,13 @@ import numpy as np
 from esper.contracts import Severity, Signal
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import CAME_TRAINED, Observation, Unknown
+from esper.diagnosis.updates import BY_DECAY, is_decay_alone
 
 LOW, LOW_OF_ADAPTIVE = 1e-5, 1e-4
 RECENT = 0.5
 SCHEDULED = 0.3
 UNLEARNED = 0.95
 LONG_WARM_UP = 300
-BY_DECAY = 1.1
 FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
 _WARMS_UP = (
     "The learning rate still rises: shorten its warm-up, such as warmup_steps of a transformers "
@@ -100,7 +100,7 @@ class UpdateRatioLow(Rule):
         if first <= 0 or level < UNLEARNED * first or observation.came_trained:
             return None
         advice = _WARMS_UP if observation.is_warming_up else ""
-        if _decays_only(observation, ratio):
+        if observation.gradients and is_decay_alone(ratio, observation.last_gradients.settings):
             advice = _DECAYS
         return Evidence(
             observed=f"up to step {step:,} the median update is at most {ratio:.1e} of its weight, "
@@ -111,9 +111,3 @@ class UpdateRatioLow(Rule):
             advice=advice,
             only_tell=bool(advice),  # a factor would grow with the rate, or multiply the decay
         )
-
-
-def _decays_only(observation: Observation, ratio: float) -> bool:
-    """The weights move because their decay takes a share of them, and hardly by the gradient."""
-    decay = observation.last_gradients.settings.decay if observation.gradients else 0.0
-    return 0 < ratio < BY_DECAY * decay

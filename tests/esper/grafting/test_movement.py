@@ -152,7 +152,8 @@ def test_after_a_hard_undo_no_tensor_counts_as_unchanged() -> None:
 
 
 def rate_of_zero(model: Model) -> list[Finding]:
-    return train(model, adam(model, lr=0.0))
+    found = train(model, adam(model, lr=0.0))
+    return [one for one in found if "the learning rate has been 0" not in one.observed]
 
 
 def late_rate(model: Model) -> list[Finding]:
