@@ -166,7 +166,7 @@ class Copies(Sequence[Any]):
         began, self.by_hand.awaited = not self.by_hand.awaited, True
         return began and self.look_at_script()
 
-    @contained("look at the variables of the script", "What it keeps by names gets no grafts.")
+    @contained("look at the variables of the script", "What it looks up by name is not known.")
     def look_at_script(self) -> bool:
         """Remembers what the script looks up by name; True: there is something new.
 

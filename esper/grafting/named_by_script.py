@@ -73,7 +73,7 @@ class NamedByScript:
                 d for d, n in zip(self._noted, counts, strict=True) if n > OUR_REFERENCES
             ]
 
-    @contained("look at the variables of the script", "What it keeps by names gets no grafts.")
+    @contained("look at the variables of the script", "What it looks up by name is not known.")
     def reason(self, model: nn.Module, layer: str, copies: Iterable[nn.Module]) -> str:
         """Why the layer takes no graft, nobody's; empty: nothing is in its way.
 

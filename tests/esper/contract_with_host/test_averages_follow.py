@@ -549,6 +549,41 @@ def test_what_a_script_logs_by_names_is_in_nobodys_way() -> None:
     train()
 
 
+class _Nameless(type):
+    @property
+    def __module__(cls) -> str:  # type: ignore[override]
+        raise RuntimeError("the script's own")
+
+
+class _Unhashable:
+    broken = False
+
+    def __hash__(self) -> int:
+        if self.broken:
+            raise RuntimeError("the script's own")
+        return 1
+
+
+def test_variables_that_answer_with_errors_end_neither_a_step_nor_a_graft(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    key = _Unhashable()
+    kept = [_Nameless("Nameless", (), {})(), {key: 1.0}]
+    key.broken = True
+    with esper.attach(model, optimizer, server="") as session:
+        for _ in range(3):
+            loss = model(torch.randn(3, 4)).square().mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            session.step(loss)
+        session.graft("0", "proj_lora_64")
+    assert len(kept) == 2
+    assert "What it looks up by name is not known" in caplog.text
+
+
 def test_a_look_at_the_variables_of_a_script_keeps_none_of_them() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     data = torch.ones(2, 4)
