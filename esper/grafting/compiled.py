@@ -187,8 +187,9 @@ def _compiled_wrappers(trained: Any, model: nn.Module) -> Iterator[Any]:
 
 
 def _inner(wrapper: nn.Module) -> Any:
-    compiled = wrapper._modules.get("_orig_mod")
-    return compiled if compiled is not None else wrapper._modules.get("module")
+    parts = vars(wrapper).get("_modules", {})  # none: another thread just builds it
+    compiled = parts.get("_orig_mod")
+    return compiled if compiled is not None else parts.get("module")
 
 
 def without_compiler(model: Any) -> Any:

@@ -44,6 +44,7 @@ from esper.grafting.versions import writes_to
 
 SEARCH_SHARE = 1 / 200  # of the process's time since its first search
 MARKED = 4  # matrices of a copy of which some numbers are kept
+PARTS = {"_parameters", "_buffers", "_modules"}
 REFERENCE = (
     "a copy of the model gets gradients, and no optimizer trains it: the script may pair its "
     "tensors with the model's, as SVRG does, which a graft would shift. Call requires_grad_(False) "
@@ -139,9 +140,9 @@ class Copies(Sequence[Any]):
         model = self._model()
         if self._searched or model is None:
             return
-        self._searched = True
         with search_time.taken():
             self._search(model)
+        self._searched = True
 
     def search_for_graft(self) -> bool:
         """A graft that is no line of the script comes soon: finds what the script made since.
@@ -281,22 +282,35 @@ def _living(
     model: nn.Module, kinds: Sequence[type[nn.Module]]
 ) -> tuple[list[tuple[nn.Module, bool]], list[Tensor], list[nn.Module]]:
     """Every other model of this class and whether an ``AveragedModel`` holds it; all tensors; and
-    all modules of this class or of one of the ``kinds``."""
+    all modules of this class or of one of the ``kinds``.
+
+    Not those that another thread just builds or copies, or that the collector has emptied.
+    """
     averaged_model = sys.modules["torch.optim.swa_utils"].AveragedModel
     found: list[tuple[nn.Module, bool]] = []
     tensors: list[Tensor] = []
     modules: list[nn.Module] = []
     wanted = {type(model), *kinds}
     for other in gc.get_referrers(averaged_model, Tensor, *wanted):
-        if type(other) in wanted:
-            modules.append(other)
-        if type(other) is averaged_model:
-            found.append((bare_copy(other), True))
-        elif type(other) is type(model) and other is not model:
-            found.append((other, False))
-        elif type(other) is Tensor:
+        kind = type(other)
+        if kind is Tensor:
             tensors.append(other)
+        elif (kind in wanted or kind is averaged_model) and _is_built(other):
+            if kind in wanted:
+                modules.append(other)
+            if kind is averaged_model:
+                found.append((bare_copy(other), True))
+            elif kind is type(model) and other is not model:
+                found.append((other, False))
     return found, tensors, modules
+
+
+def _is_built(found: nn.Module) -> bool:
+    """It and all that is inside have their parts: each can be walked through."""
+    try:
+        return all(vars(part).keys() >= PARTS for part in found.modules())
+    except (AttributeError, RuntimeError):  # without parts, or they change in this moment
+        return False
 
 
 def _inside_averaged_model() -> bool:

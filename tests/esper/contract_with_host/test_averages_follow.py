@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
@@ -250,6 +251,29 @@ def test_an_earlier_model_keeps_no_hook_of_a_later_session() -> None:
     for one in (earlier, model):
         assert not one._load_state_dict_pre_hooks
         assert not one._load_state_dict_post_hooks
+
+
+def half_built() -> nn.Module:
+    """As the collector leaves a model that it takes apart, or another thread that copies one."""
+    return nn.Sequential.__new__(nn.Sequential)
+
+
+@pytest.mark.parametrize("made", ["a model", "a part", "inside", "an average", "a wrapper"])
+def test_a_model_that_another_thread_just_builds_is_in_nobodys_way(made: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8)))
+    whole = nn.Sequential(nn.Linear(8, 8))
+    unfinished: Any = {
+        "a model": half_built,
+        "a part": lambda: nn.Linear.__new__(nn.Linear),
+        "inside": lambda: whole.append(half_built()),
+        "an average": lambda: AveragedModel.__new__(AveragedModel),
+        "a wrapper": lambda: OptimizedModule.__new__(OptimizedModule),
+    }[made]()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = esper.attach(model, optimizer)
+    session.step(learned(model, optimizer, rows=4))
+    assert session.graft("0", "proj_lora_64")
+    del unfinished
 
 
 def test_a_copy_on_the_meta_device_is_in_nobodys_way() -> None:
