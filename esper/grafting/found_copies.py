@@ -107,6 +107,7 @@ class Copies(Sequence[Any]):
         self._loading: list[LoadHooks] = []
         self._wanted = False
         self._searched = False
+        self._looks = 0  # at the script's variables, one after each of the next steps
         self.by_hand = KeptByHand()
         self.named = NamedByScript()
         self.parts = CopiedParts(model)
@@ -124,6 +125,10 @@ class Copies(Sequence[Any]):
         living = [found for ref in self._followers if (found := ref()) is not None]
         return (*self._given, *living)
 
+    def open(self) -> None:
+        """The layers are known: what the script makes anew is another one in the second look."""
+        self._looks = 2
+
     def begin(self) -> None:
         """The training begins. What :meth:`search_in_time` finds need not be found by a graft."""
         self._wanted = True
@@ -133,7 +138,7 @@ class Copies(Sequence[Any]):
         """After each step: the search, once its time is a small part of the process's."""
         if self._wanted and not self._searched and search_time.is_left:
             self.search()
-            self.look_at_script()
+            self._looks = max(self._looks, 1)
 
     def search(self) -> None:
         """Finds the copies that exist. Looks at every object of the process, so it does so once."""
@@ -184,6 +189,9 @@ class Copies(Sequence[Any]):
         """After each step: what the script has made, or has dropped."""
         self.by_hand.look()
         self.named.let_go()
+        if self._looks:
+            self._looks -= 1
+            self.look_at_script()
         self._mark(self._own)
 
     def _mark(self, copies: Iterable[nn.Module]) -> None:

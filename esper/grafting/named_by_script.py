@@ -9,16 +9,16 @@ is refused instead, in words, also to a script that asks for it.
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
 
 from esper.fail_closed import contained
 from esper.grafting.kept_by_hand import FEWEST_OF_PART, forms_of, is_in, owner_of
-from esper.grafting.script_objects import script_objects
+from esper.grafting.script_objects import LARGEST, script_objects
 from esper.grafting.tensor_forms import Shape, shape_of
 
 BY_NAME = (
@@ -36,26 +36,27 @@ OF_COPY = (
     "would not find those of a graft in it: ask the copy for them in each step, or drop it before "
     "the graft"
 )
-
+_Form: TypeAlias = tuple[str, type[Any]]  # of the first entry
 
 OUR_REFERENCES = 3  # to what was noted: the list's, the loop's and the question's
 
 
 class NamedByScript:
-    """Finds them among the variables of the script, before each graft."""
+    """Finds them among the variables of the script, before each graft.
+
+    What the script makes anew in each step, such as the norms that it logs, is in nobody's way: one
+    with the same names was there before, and was dropped. Nor is a list of records.
+    """
 
     def __init__(self) -> None:
         self._noted: list[Mapping[str, Any]] = []
+        self._dropped: Counter[_Form] = Counter()  # how many at once
 
     def note(self, model: nn.Module, objects: Sequence[Any]) -> bool:
-        """Remembers what is there now; True: there is something new.
-
-        What the script makes anew in each step, such as the norms that it logs, is in nobody's way,
-        so a dict of numbers counts once it was noted before the graft.
-        """
+        """Remembers what is there now; True: there is something new."""
         names = [name.split(".") for name, _ in model.named_parameters()]
         ends = {".".join(name[place:]) for name in names for place in range(len(name))}
-        known = set(map(id, self._noted))
+        known = {*map(id, self._noted), *_records(objects)}
         new = [
             found
             for found in objects
@@ -69,9 +70,9 @@ class NamedByScript:
         """What the script has dropped is not kept alive."""
         if self._noted:
             counts = [sys.getrefcount(found) for found in self._noted]
-            self._noted = [
-                d for d, n in zip(self._noted, counts, strict=True) if n > OUR_REFERENCES
-            ]
+            noted = list(zip(self._noted, counts, strict=True))
+            self._dropped |= Counter(_form(d) for d, n in noted if n <= OUR_REFERENCES)
+            self._noted = [d for d, n in noted if n > OUR_REFERENCES]
 
     @contained("look at the variables of the script", "What it looks up by name is not known.")
     def reason(self, model: nn.Module, layer: str, copies: Iterable[nn.Module]) -> str:
@@ -89,12 +90,17 @@ class NamedByScript:
         wanted = [_Names(part, own) for (part, _), own in forms.items()]
         of_copies = [list(copied.parameters()) for copied in copies]
         noted = set(map(id, self._noted))
-        for found in script_objects():
+        anew = self._dropped.copy()
+        objects = list(script_objects())
+        records = _records(objects)
+        for found in objects:
             kind = type(found)
             text = ""
             if kind in (dict, OrderedDict):
-                if id(found) in noted or _has_tensors(found):
-                    text = _of_dict(found, wanted, of_copies)
+                text = "" if id(found) in records else _of_dict(found, wanted, of_copies)
+                if text and id(found) not in noted and not _has_tensors(found):
+                    anew[_form(found)] -= 1
+                    text = "" if anew[_form(found)] >= 0 else text
             elif kind is list and _is_of_copy(found, of_copies):
                 text = OF_COPY.format("list")
             elif issubclass(kind, nn.Module):
@@ -155,6 +161,16 @@ def _of_module(found: nn.Module, wanted: Sequence[_Names]) -> str:
         ):
             return IN_BUFFERS.format(type(found).__name__, owner_of(names.part))
     return ""
+
+
+def _records(objects: Sequence[Any]) -> set[int]:
+    """Ids of the dicts of numbers that are in a list, such as what was logged so far."""
+    lists = [found for found in objects if type(found) in (list, deque) and len(found) <= LARGEST]
+    return {id(d) for found in lists for d in found if type(d) is dict and not _has_tensors(d)}
+
+
+def _form(found: Mapping[str, Any]) -> _Form:
+    return next((name, type(value)) for name, value in found.items())
 
 
 def _has_tensors(found: Mapping[Any, Any]) -> bool:

@@ -32,7 +32,7 @@ def open_run(
     parts.surgery.settle_slots()
     if measure:
         parts.surgery.sampler = _sampler(parts, layers, wants_meeting)
-    parts.surgery.copies.look_at_script()
+    parts.surgery.copies.open()
     if parts.run.mode is not RunMode.OBSERVE:
         parts.surgery.copies.begin()
     parts.evaluations.begin()

@@ -573,6 +573,50 @@ def test_what_a_script_logs_by_names_is_in_nobodys_way() -> None:
     train()
 
 
+class Records(Norms):
+    """What is logged is kept, in a list."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.records: list[dict[str, float]] = []
+        self.update_parameters(model)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        super().update_parameters(model)
+        self.records.append(self.norms)
+        del self.norms
+
+
+def test_records_by_names_are_in_nobodys_way() -> None:
+    session, train = run_beside(Records)
+
+    session.graft("0", "proj_lora_64")
+    train()
+
+
+@pytest.mark.parametrize("kind", [Rates, Histories])
+def test_what_is_looked_up_by_names_may_be_made_after_the_first_steps(kind: type[Rates]) -> None:
+    session, train = run_beside(Norms)
+    model = session._parts.setup.model
+    beside = kind(model)
+
+    with pytest.raises(IncompatibleLayerError, match="names of a graft in it"):
+        session.graft("0", "proj_lora_64")
+    train()
+    beside.update_parameters(model)
+
+
+def test_what_is_logged_after_the_step_is_in_nobodys_way() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with esper.attach(model, optimizer, verbose=False) as session:
+        for step in range(6):
+            session.step(learned(model, optimizer, rows=16))
+            norms = {name: p.norm().item() for name, p in model.named_parameters()}
+            if step == 3:
+                session.graft("0", "proj_lora_64")
+    assert len(norms) > len(list(model.parameters())) - 6
+
+
 class _Nameless(type):
     @property
     def __module__(cls) -> str:  # type: ignore[override]
