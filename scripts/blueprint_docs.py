@@ -23,7 +23,7 @@ from esper.blueprints import Blueprint, Composition
 from esper.contracts import BlueprintCategory, Certificate, CostForecast, GraftKind, LayerInfo
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting import apply_graft, trace_layers
-from esper.grafting.certify import Conv1D
+from esper.grafting.changes.certify import Conv1D
 from scripts.generated_page import write_or_check
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "blueprints.md"

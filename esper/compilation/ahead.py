@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_leaves
 from esper.contracts import LayerInfo
 from esper.fail_closed import short
 from esper.grafting.compiled import Region
-from esper.grafting.eager_pass import why_not_copied
 from esper.grafting.hooks import PassingHook
+from esper.grafting.layers.eager_pass import why_not_copied
 
 PROGRAM = "-m", "esper.compilation.ahead_child"
 MAX_ORDER_BYTES = 64 << 20

@@ -110,7 +110,7 @@ def _insert_graft(order: dict[str, Any]) -> None:
     """The graft as the trainer will insert it. Its certificate is of no use here."""
     from esper.blueprints import get_blueprint
     from esper.contracts import Certificate
-    from esper.grafting.apply import insert_graft
+    from esper.grafting.changes.apply import insert_graft
     from esper.grafting.manifest import GraftRecord
     from esper.grafting.slot import find_host
     from esper.grafting.surroundings import BARE

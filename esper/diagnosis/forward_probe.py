@@ -33,8 +33,8 @@ from esper.diagnosis.sequences import (
     lag_of,
 )
 from esper.grafting.compiled import Compilation, anything_was_compiled
-from esper.grafting.graph import kind_of, layer_modules
 from esper.grafting.hooks import PassingHook, register_alike
+from esper.grafting.layers.graph import kind_of, layer_modules
 from esper.grafting.slot import first_tensor, is_opaque
 from esper.health.transfers import HostTransfer
 

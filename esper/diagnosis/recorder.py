@@ -29,8 +29,8 @@ from esper.diagnosis.weights import EQUAL_ROWS, read_tensors, same_modules, stil
 from esper.diagnosis.zeroing import ZeroingProbe
 from esper.fail_closed import FailClosed
 from esper.grafting.compiled import Compilation, anything_was_compiled
-from esper.grafting.graph import layer_modules
 from esper.grafting.guard import gradient_values
+from esper.grafting.layers.graph import layer_modules
 from esper.grafting.optimizers import parameters_of, unwrap_optimizer
 from esper.health.transfers import HostTransfer, is_late
 from esper.health.updates import Part, takes_hooks

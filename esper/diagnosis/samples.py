@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from esper.grafting.graph import kind_of
+from esper.grafting.layers.graph import kind_of
 from esper.grafting.slot import SLOT_NAME, is_transformed
 from esper.health.optimizer_steps import has_numbers
 

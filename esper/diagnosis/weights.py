@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from esper.diagnosis.facts import TensorFacts
 from esper.diagnosis.samples import FEW, TABLES, fan_in, is_graft, plain_kind_of, sampled
-from esper.grafting.saved_values import numbers_of
+from esper.grafting.tensors.saved_values import numbers_of
 from esper.health.optimizer_steps import has_numbers, spread_sample
 
 EQUAL_ROWS = 0.5

@@ -13,38 +13,10 @@ from esper.console import Console
 from esper.contracts import LayerInfo
 from esper.contracts.spans import span, why_no_span
 from esper.exceptions import IncompatibleLayerError, UnknownLayerError
-from esper.grafting.apply import apply_graft
-from esper.grafting.certify import certify, sample_input, stand_in
-from esper.grafting.companion import accompany, companions_of
-from esper.grafting.copies import audit_copies, bare_copy, check_copy, let_follow
-from esper.grafting.digests import digest
-from esper.grafting.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
-from esper.grafting.guard import (
-    GradientGuard,
-    GuardVerdict,
-    LossGuard,
-    non_finite_gradients,
-    weights_are_finite,
-)
-from esper.grafting.hidden_layers import HiddenLayers
-from esper.grafting.ledger import audit
-from esper.grafting.loading import build_grafts_of_loaded_states, load_state_dict
-from esper.grafting.manifest import GraftRecord
-from esper.grafting.movement import MovementWatch
-from esper.grafting.receipts import ChangeReceipt, Receipt, RemedyReceipt, UndoReceipt
-from esper.grafting.replicas import RankGroup, Replicas
-from esper.grafting.sharded import ShardedRanks
-from esper.grafting.slot import (
-    Slot,
-    find_host,
-    prepare_slots,
-    remove_slots,
-    slot_of,
-    slots,
-    watch,
-)
-from esper.grafting.snapshot import Snapshot, SnapshotMemory
-from esper.grafting.structure import (
+from esper.grafting.changes.apply import apply_graft
+from esper.grafting.changes.certify import certify, sample_input, stand_in
+from esper.grafting.changes.loading import build_grafts_of_loaded_states, load_state_dict
+from esper.grafting.changes.structure import (
     check_manifest,
     companion_states_by_name,
     load_companion_states_by_name,
@@ -54,7 +26,35 @@ from esper.grafting.structure import (
     structure,
     take_back,
 )
+from esper.grafting.companions.companion import accompany, companions_of
+from esper.grafting.copies import audit_copies, bare_copy, check_copy, let_follow
+from esper.grafting.guard import (
+    GradientGuard,
+    GuardVerdict,
+    LossGuard,
+    non_finite_gradients,
+    weights_are_finite,
+)
+from esper.grafting.layers.graph import NEVER_RAN, LayerRecorder, trace_layers, why_never_graftable
+from esper.grafting.manifest import GraftRecord
+from esper.grafting.ranks.replicas import RankGroup, Replicas
+from esper.grafting.ranks.sharded import ShardedRanks
+from esper.grafting.receipts import ChangeReceipt, Receipt, RemedyReceipt, UndoReceipt
+from esper.grafting.slot import (
+    Slot,
+    find_host,
+    prepare_slots,
+    remove_slots,
+    slot_of,
+    slots,
+    watch,
+)
+from esper.grafting.snapshots.snapshot import Snapshot, SnapshotMemory
 from esper.grafting.surroundings import Surroundings
+from esper.grafting.tensors.digests import digest
+from esper.grafting.trained_tensors.hidden_layers import HiddenLayers
+from esper.grafting.trained_tensors.ledger import audit
+from esper.grafting.trained_tensors.movement import MovementWatch
 from esper.near_names import or_known
 
 __all__ = [

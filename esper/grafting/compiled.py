@@ -1,8 +1,8 @@
 """Which parts of a model run as code of torch.compile, and where eager code calls them.
 
 A hook inside such a part either splits the graph or does not run. So Esper installs none there;
-what it must see, it sees in a copy that runs eagerly (:mod:`esper.grafting.eager_pass`) on the
-arguments of a forward pass, which are read where eager code hands them over:
+what it must see, it sees in a copy that runs eagerly (:mod:`esper.grafting.layers.eager_pass`) on
+the arguments of a forward pass, which are read where eager code hands them over:
 
     torch.compile(model)    a pre-forward hook of the wrapper, which is an eager module itself
     model.compile()         around the compiled call, because hooks of the model are inside of it

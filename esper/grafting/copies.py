@@ -16,7 +16,6 @@ from torch import nn
 from esper.contracts import Finding, Severity
 from esper.exceptions import ConfigurationError
 from esper.grafting.compiled import without_compiler
-from esper.grafting.ledger import Problem, to_findings
 from esper.grafting.slot import (
     find_host,
     prepare_slots,
@@ -26,7 +25,8 @@ from esper.grafting.slot import (
     slots,
 )
 from esper.grafting.state_dicts import follow_loads, follow_whole_states
-from esper.grafting.tensor_forms import shape_of
+from esper.grafting.tensors.forms import shape_of
+from esper.grafting.trained_tensors.ledger import Problem, to_findings
 
 
 def bare_copy(copied: Any) -> nn.Module:

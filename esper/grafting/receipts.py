@@ -23,14 +23,12 @@ from torch import nn
 from esper.blueprints import Graft, get_blueprint
 from esper.contracts import Certificate
 from esper.exceptions import UndoError
-from esper.grafting.companion import Companion, dismiss
+from esper.grafting.companions.companion import Companion, dismiss
 from esper.grafting.compiled import anything_was_compiled
 from esper.grafting.copies import let_follow
-from esper.grafting.digests import Frozen, hash_in_background
 from esper.grafting.manifest import GraftRecord
 from esper.grafting.pauses import without_collection
-from esper.grafting.replicas import Joint, jointly
-from esper.grafting.rolling_back import roll_back
+from esper.grafting.ranks.replicas import Joint, jointly
 from esper.grafting.slot import (
     find_host,
     find_slot,
@@ -40,10 +38,12 @@ from esper.grafting.slot import (
     slots_of_grafts,
     take_out,
 )
-from esper.grafting.snapshot import Snapshot, SnapshotMemory, own_change
-from esper.grafting.spilling import Writing
+from esper.grafting.snapshots.rolling_back import roll_back
+from esper.grafting.snapshots.snapshot import Snapshot, SnapshotMemory, own_change
+from esper.grafting.snapshots.spilling import Writing
 from esper.grafting.state_dicts import put_back_slots
 from esper.grafting.surroundings import Surroundings
+from esper.grafting.tensors.digests import Frozen, hash_in_background
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,15 @@ from torch import nn
 
 from esper.blueprints import Graft, get_blueprint
 from esper.exceptions import GraftError
-from esper.grafting import ledger
-from esper.grafting.certify import put_back, sample_input
-from esper.grafting.companion import dismiss
-from esper.grafting.digests import Frozen, hash_in_background
+from esper.grafting.changes.certify import put_back, sample_input
+from esper.grafting.companions.companion import dismiss
 from esper.grafting.pauses import without_collection
 from esper.grafting.receipts import Receipt, RemedyReceipt
 from esper.grafting.slot import find_host, remove_slots, slot_of, slots
-from esper.grafting.snapshot import Snapshot, own_change
+from esper.grafting.snapshots.snapshot import Snapshot, own_change
 from esper.grafting.surroundings import Surroundings
+from esper.grafting.tensors.digests import Frozen, hash_in_background
+from esper.grafting.trained_tensors import ledger
 
 _MERGED_SHARE = 64  # allowed difference of a merge, in rounding errors of the output's scale
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from esper.grafting.replicas import RankGroup
+from esper.grafting.ranks.replicas import RankGroup
 
 
 @dataclass(frozen=True, slots=True)

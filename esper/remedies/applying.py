@@ -12,8 +12,8 @@ from typing import Any
 
 from esper.exceptions import GraftError
 from esper.grafting import RemedyReceipt
-from esper.grafting.digests import Frozen
 from esper.grafting.remedies import apply_change
+from esper.grafting.tensors.digests import Frozen
 from esper.remedies.base import Effect, Remedy, Target
 
 

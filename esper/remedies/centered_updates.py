@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import layout
-from esper.grafting.graph import kind_of
+from esper.grafting.layers.graph import kind_of
 from esper.remedies.update_hooks import Optimizer, after_update, before_update
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from esper.blueprints import layout
 from esper.exceptions import GraftError
-from esper.grafting.certify import put_back
-from esper.grafting.companion import with_companions
-from esper.grafting.graph import kind_of
+from esper.grafting.changes.certify import put_back
+from esper.grafting.companions.companion import with_companions
+from esper.grafting.layers.graph import kind_of
 from esper.grafting.remedies import is_tied
 from esper.grafting.slot import SLOT_NAME, watch
 from esper.grafting.surroundings import Surroundings

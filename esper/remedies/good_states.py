@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from esper.exceptions import UndoError
-from esper.grafting.digests import named_tensors
-from esper.grafting.saved_values import write
-from esper.grafting.tensor_forms import Shape, shape_of
+from esper.grafting.tensors.digests import named_tensors
+from esper.grafting.tensors.forms import Shape, shape_of
+from esper.grafting.tensors.saved_values import write
 from esper.remedies.good_state import State
 from esper.remedies.state_folder import StateFolder
 from esper.remedies.update_hooks import before_update

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper.contracts import Declined, Plan
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, UndoReceipt
-from esper.grafting.replicas import Call
+from esper.grafting.ranks.replicas import Call
 from esper.remedies import get_remedy
 from esper.sdk.compiling_ahead import PauseForecast
 from esper.sdk.local import LocalLoop, Waiting

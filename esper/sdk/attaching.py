@@ -19,9 +19,9 @@ from esper.exceptions import ConfigurationError
 from esper.fail_closed import is_the_scripts
 from esper.grafting import RankGroup, Replicas, ShardedRanks, Surroundings
 from esper.grafting.compiled import without_compiler
-from esper.grafting.graph import layer_modules, why_never_graftable
+from esper.grafting.layers.graph import layer_modules, why_never_graftable
 from esper.grafting.optimizers import unwrap_optimizer
-from esper.grafting.replicas import Call
+from esper.grafting.ranks.replicas import Call
 from esper.health.pace import periods_of
 from esper.near_names import did_you_mean
 from esper.sdk import framework_loads

@@ -12,7 +12,7 @@ from esper import blueprints
 from esper.contracts import AdaptationState, GraftKind, SafetyPolicy
 from esper.exceptions import UndoError
 from esper.grafting import Receipt, RemedyReceipt
-from esper.grafting.spilling import why_no_room
+from esper.grafting.snapshots.spilling import why_no_room
 from esper.reward import FORWARD_UNCHANGED, LATER_LOOKS
 from esper.reward.terms import NOT_YET
 from esper.sdk.adaptation import Adaptation

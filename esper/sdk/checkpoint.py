@@ -16,8 +16,8 @@ from esper import grafting
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt, RemedyReceipt, Surroundings, remedies
 from esper.grafting.manifest import MANIFEST_KEY
-from esper.grafting.replicas import Joint
-from esper.grafting.snapshot import Snapshot
+from esper.grafting.ranks.replicas import Joint
+from esper.grafting.snapshots.snapshot import Snapshot
 from esper.grafting.state_dicts import keys_of_grafts
 from esper.remedies import Stop, Target, get_remedy, list_remedies, resume_remedy
 from esper.sdk.adaptation import Adaptation

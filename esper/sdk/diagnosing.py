@@ -28,7 +28,7 @@ from esper.diagnosis.updates import (
 from esper.fail_closed import FailClosed
 from esper.grafting import Surroundings
 from esper.grafting.compiled import Compilation
-from esper.grafting.graph import count_of
+from esper.grafting.layers.graph import count_of
 from esper.health.features import MAX_FRAMES
 from esper.remedies import Remedy
 from esper.sdk.findings import Findings

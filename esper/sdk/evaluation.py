@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from esper.grafting.evaluation_mode import undisturbed
+from esper.grafting.layers.evaluation_mode import undisturbed
 from esper.reward import Look
 from esper.reward.verdict import GAIN, LOSS
 from esper.sdk.adaptation import Adaptation

@@ -16,10 +16,10 @@ from esper.contracts import Finding, HealthFrame, Severity, Signal, ViolationRul
 from esper.diagnosis import Change, get_rule
 from esper.fail_closed import Failure
 from esper.grafting import HiddenLayers, MovementWatch, Surroundings, UndoReceipt
-from esper.grafting.ledger import FrozenInTurns
 from esper.grafting.optimizers import unwrap_optimizer
-from esper.grafting.orphans import ReplacedOptimizer
 from esper.grafting.slot import left_out_grafts
+from esper.grafting.trained_tensors.ledger import FrozenInTurns
+from esper.grafting.trained_tensors.orphans import ReplacedOptimizer
 from esper.sdk.adaptation import Adaptation
 from esper.sharding import Kind
 

@@ -12,10 +12,10 @@ from esper.exceptions import UnknownLayerError
 from esper.fail_closed import FailClosed
 from esper.grafting import LayerRecorder
 from esper.grafting.compiled import Compilation, anything_was_compiled
-from esper.grafting.graph import NEVER_RAN, why_never_graftable
-from esper.grafting.late_layers import LateLayers
-from esper.grafting.replicas import RankGroup
-from esper.grafting.watching import COPY, CopyRecorder
+from esper.grafting.layers.graph import NEVER_RAN, why_never_graftable
+from esper.grafting.layers.late_layers import LateLayers
+from esper.grafting.layers.watching import COPY, CopyRecorder
+from esper.grafting.ranks.replicas import RankGroup
 from esper.near_names import or_known
 
 _UNSEEN = (

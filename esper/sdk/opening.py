@@ -8,8 +8,8 @@ from torch import nn
 
 from esper.contracts import LayerInfo, RunMode
 from esper.grafting import Surroundings
-from esper.grafting.graph import count_of
-from esper.grafting.watching import LayerWatch
+from esper.grafting.layers.graph import count_of
+from esper.grafting.layers.watching import LayerWatch
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
 from esper.sdk.parts import Parts

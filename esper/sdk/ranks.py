@@ -19,7 +19,7 @@ from esper import blueprints
 from esper.contracts import LayerInfo
 from esper.exceptions import ReplicaError
 from esper.fail_closed import is_the_scripts
-from esper.grafting.replicas import Call, RankGroup
+from esper.grafting.ranks.replicas import Call, RankGroup
 from esper.sdk.adaptation import Operation
 
 Told = TypeVar("Told")

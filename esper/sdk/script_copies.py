@@ -12,8 +12,8 @@ from esper import grafting
 from esper.contracts import HealthFrame, Signal
 from esper.exceptions import IncompatibleLayerError
 from esper.grafting import Surroundings
-from esper.grafting.companion import with_companions
-from esper.grafting.found_copies import Copies
+from esper.grafting.companions.companion import with_companions
+from esper.grafting.found_copies.search import Copies
 from esper.sdk import checkpoint
 from esper.sdk.adaptation import Operation
 from esper.sdk.findings import Findings, LedgerWatch, average_found

@@ -7,7 +7,7 @@ from typing import Any
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import LossGuard
-from esper.grafting.replicas import Call, Joint, jointly
+from esper.grafting.ranks.replicas import Call, Joint, jointly
 from esper.health.pace import periods_of
 from esper.sdk.evaluation_pace import pace_of
 from esper.sdk.local import LocalMemory

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from esper.exceptions import ConfigurationError
 from esper.fail_closed import is_the_scripts
-from esper.grafting.snapshot import bytes_of_state
+from esper.grafting.snapshots.snapshot import bytes_of_state
 from esper.sdk.surgery import Surgery
 from esper.sdk.twin import Twin, TwinTraining
 

@@ -38,14 +38,14 @@ from esper.grafting import (
     UndoReceipt,
     remedies,
 )
-from esper.grafting.companion import with_companions
+from esper.grafting.companions.companion import with_companions
 from esper.grafting.compiled import anything_was_compiled
-from esper.grafting.digests import Frozen
-from esper.grafting.found_copies import Copies
-from esper.grafting.replicas import Call, Joint, jointly
+from esper.grafting.found_copies.search import Copies
+from esper.grafting.ranks.replicas import Call, Joint, jointly
 from esper.grafting.slot import find_host, slot_of
-from esper.grafting.snapshot import bytes_of_state
+from esper.grafting.snapshots.snapshot import bytes_of_state
 from esper.grafting.state_dicts import Difference
+from esper.grafting.tensors.digests import Frozen
 from esper.health import HealthSampler
 from esper.health.sharded import ShardedSampler
 from esper.remedies import (

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt
-from esper.grafting.evaluation_mode import undisturbed
-from esper.grafting.random_streams import RandomStreams, kept_streams
+from esper.grafting.layers.evaluation_mode import undisturbed
+from esper.grafting.tensors.random_streams import RandomStreams, kept_streams
 from esper.reward.sequence import Interval, trend_at_every_look
 
 LOOKS = 12  # held-out losses of each copy, at most

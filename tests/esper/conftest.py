@@ -28,7 +28,7 @@ from esper.contracts import (
     Signal,
     ViolationRule,
 )
-from esper.grafting import found_copies
+from esper.grafting.found_copies import search
 
 
 def _seed_the_cpu(seed: int) -> torch.Generator:
@@ -56,7 +56,7 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fresh_search_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The searches of all sessions of a process share their time; each test has its own."""
-    monkeypatch.setattr(found_copies, "search_time", found_copies.SearchTime())
+    monkeypatch.setattr(search, "search_time", search.SearchTime())
 
 
 HEALTHY = {

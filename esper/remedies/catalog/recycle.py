@@ -11,7 +11,7 @@ from esper.blueprints import layout
 from esper.contracts import Risk
 from esper.exceptions import ConfigurationError, GraftError
 from esper.fail_closed import contained
-from esper.grafting.graph import kind_of
+from esper.grafting.layers.graph import kind_of
 from esper.grafting.optimizers import parameters_of
 from esper.grafting.slot import find_host, watch
 from esper.remedies.base import Effect, Remedy, Target

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from esper.blueprints import layout
 from esper.contracts import Risk
 from esper.exceptions import ConfigurationError
-from esper.grafting.certify import put_back
-from esper.grafting.graph import kind_of
+from esper.grafting.changes.certify import put_back
+from esper.grafting.layers.graph import kind_of
 from esper.grafting.remedies import shared_tensors
 from esper.remedies.base import Batch, Effect, Remedy, Target
 from esper.remedies.centered_updates import CenteredUpdates

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esper.contracts import Risk
-from esper.grafting.replicas import RankGroup
+from esper.grafting.ranks.replicas import RankGroup
 from esper.remedies.base import Effect, Remedy, Target, many_gradients, no_optimizer
 from esper.remedies.update_hooks import Optimizer, after_update, before_update
 from esper.sharding import local

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from esper.contracts import Risk
-from esper.grafting.companion import accompany, dismiss, with_companions
+from esper.grafting.companions.companion import accompany, dismiss, with_companions
 from esper.grafting.optimizers import optimizer_of, parameters_of
 from esper.grafting.slot import SLOT_NAME, find_host
 from esper.remedies.base import Effect, Remedy, Target, no_optimizer

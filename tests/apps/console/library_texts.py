@@ -17,7 +17,12 @@ RULES = tuple(sorted((ROOT / "esper/diagnosis/rules").glob("[a-z]*.py")))
 OTHERS = tuple(
     ROOT / "esper" / path
     for path in (
-        *("grafting/ledger.py", "grafting/movement.py", "grafting/copies.py", "grafting/guard.py"),
+        *(
+            "grafting/trained_tensors/ledger.py",
+            "grafting/trained_tensors/movement.py",
+            "grafting/copies.py",
+            "grafting/guard.py",
+        ),
         *(
             "sdk/findings.py",
             "sdk/compiler_watch.py",

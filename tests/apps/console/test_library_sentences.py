@@ -164,7 +164,7 @@ WHY_NOT = (
     *sorted((CATALOGUE / "catalog").glob("[a-z]*.py")),
     *(CATALOGUE / f"{name}.py" for name in ("attention", "base", "fitting", "layout", "pointwise")),
     *(CATALOGUE / f"{name}.py" for name in ("composition", "feedforward", "gradient_reduction")),
-    *(ROOT / "esper" / path for path in ("grafting/graph.py", "contracts/spans.py")),
+    *(ROOT / "esper" / path for path in ("grafting/layers/graph.py", "contracts/spans.py")),
 )
 
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
 from esper.exceptions import IncompatibleLayerError
-from esper.grafting import found_copies
+from esper.grafting.found_copies import search
 from esper.grafting.slot import slots
 from tests.esper.contract_with_host.failed_parts import failed_parts
 from tests.esper.contract_with_host.saved_models import (
@@ -796,9 +796,9 @@ def test_automatic_mode_ends_a_run_with_such_pairs_as_if_it_were_not_there(
 @pytest.fixture
 def time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a long run: a search is a small part of its time."""
-    time = found_copies.SearchTime()
+    time = search.SearchTime()
     time._spent = -math.inf
-    monkeypatch.setattr(found_copies, "search_time", time)
+    monkeypatch.setattr(search, "search_time", time)
 
 
 @pytest.mark.usefixtures("time_is_left")

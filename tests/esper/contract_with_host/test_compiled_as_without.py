@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import esper
 from esper.contracts import SIGNAL_INDEX, Signal
-from esper.grafting.eager_pass import SideEffectError, run_copy
+from esper.grafting.layers.eager_pass import SideEffectError, run_copy
 from tests.esper.contract_with_host.failed_parts import failed_parts
 
 # torch hides this warning of its own; only "error" brings it out.

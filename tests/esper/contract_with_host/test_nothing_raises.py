@@ -26,7 +26,7 @@ from esper.console import write_line
 from esper.contracts import Finding, Signal, ViolationRule
 from esper.fail_closed import FailClosed, Failure
 from esper.grafting import LayerRecorder, non_finite_gradients, remove_slots, trace_layers
-from esper.grafting import graph as graph_module
+from esper.grafting.layers import graph as graph_module
 from esper.health import activations as activations_module
 from esper.sdk.ending import patience_for
 from tests.esper.contract_with_host.failed_parts import failed_parts
@@ -444,7 +444,7 @@ def test_a_time_limit_of_the_script_ends_it_wherever_it_comes(
     "place",
     [
         "esper.grafting.slot.Slot.run",
-        "esper.grafting.companion.Companion.step",
+        "esper.grafting.companions.companion.Companion.step",
         "esper.diagnosis.rules.plateau.Plateau.check",
         "esper.health.optimizer_steps.OptimizerSteps._read",
     ],

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.grafting import Receipt, companions_of
-from esper.grafting.companion import WARMUP_STEPS
+from esper.grafting.companions.companion import WARMUP_STEPS
 
 BEFORE, AFTER = 3, 5
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.exceptions import IncompatibleLayerError
-from esper.grafting import orphans
+from esper.grafting.trained_tensors import orphans
 
 Step = Callable[[Tensor], Tensor]
 STEPS = 45  # a tensor is compared after 20 and 40 steps

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 import esper
-from esper.grafting.snapshot import SnapshotMemory
+from esper.grafting.snapshots.snapshot import SnapshotMemory
 
 ROOT = Path(__file__).parents[3]
 BESIDE_THE_TRAINING = """
 import threading
 import torch
 from torch import nn
-from esper.grafting.snapshot import SnapshotMemory
+from esper.grafting.snapshots.snapshot import SnapshotMemory
 
 torch.set_num_threads(1)
 model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(30)])
@@ -85,7 +85,7 @@ def test_a_program_may_end_while_digests_are_computed() -> None:
     """Python ends threads by force; one that is inside torch then would abort the program."""
     program = (
         "from torch import nn\n"
-        "from esper.grafting.digests import Frozen, hash_in_background\n"
+        "from esper.grafting.tensors.digests import Frozen, hash_in_background\n"
         "model = nn.Sequential(*[nn.Linear(500, 500) for _ in range(60)])\n"
         "for _ in range(20):\n"
         "    hash_in_background(Frozen.of(model))\n"

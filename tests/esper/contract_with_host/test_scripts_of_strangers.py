@@ -649,7 +649,7 @@ def test_a_layer_that_runs_in_no_recorded_pass_is_looked_for_less_and_less(
 ) -> None:
     recorded: list[None] = []
     monkeypatch.setattr(
-        "esper.grafting.late_layers.LayerRecorder",
+        "esper.grafting.layers.late_layers.LayerRecorder",
         lambda *args, **options: (recorded.append(None), LayerRecorder(*args, **options))[1],
     )
 

@@ -16,7 +16,7 @@ from esper import Session
 from esper.contracts import AdaptationState
 from esper.exceptions import UndoError
 from esper.grafting import Receipt
-from esper.grafting.companion import companions_of
+from esper.grafting.companions.companion import companions_of
 
 MODES = ["observe", "supervised"]
 

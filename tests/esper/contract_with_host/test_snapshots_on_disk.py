@@ -16,8 +16,8 @@ import esper
 from esper import Session
 from esper.contracts import Finding, ViolationRule
 from esper.exceptions import ConfigurationError, IncompatibleLayerError
-from esper.grafting import spilling
-from esper.grafting.saved_values import same_bits
+from esper.grafting.snapshots import spilling
+from esper.grafting.tensors.saved_values import same_bits
 from esper.sdk import snapshot_limit
 
 LAYERS = ("0", "1", "2", "3")

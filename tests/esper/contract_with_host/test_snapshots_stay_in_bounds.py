@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import esper
 from esper import Session
 from esper.exceptions import ConfigurationError, UndoError
-from esper.grafting import digest, digests
-from esper.grafting.saved_values import all_same_bits, differs
+from esper.grafting import digest
+from esper.grafting.tensors import digests
+from esper.grafting.tensors.saved_values import all_same_bits, differs
 from esper.sdk.snapshot_limit import GIB, VARIABLE, memory_bytes, snapshot_limit
 
 KIB = 1 / (1 << 20)  # in GiB

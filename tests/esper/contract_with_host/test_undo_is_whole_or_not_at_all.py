@@ -33,7 +33,13 @@ from tests.esper.tiny_models import Training, make_training, surroundings_of
 TARGET = "blocks.0.wide"
 # An undo runs these files; slot.py, companion.py and copies.py also run on the way back.
 UNDO_FILES = tuple(
-    f"/grafting/{name}.py" for name in ("receipts", "rolling_back", "host_settings", "snapshot")
+    f"/grafting/{name}.py"
+    for name in (
+        "receipts",
+        "snapshots/rolling_back",
+        "snapshots/host_settings",
+        "snapshots/snapshot",
+    )
 )
 
 

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 import esper
 from esper import Session
 from esper.grafting import digest
-from esper.grafting.saved_values import same_tree, save_tree
+from esper.grafting.tensors.saved_values import same_tree, save_tree
 
 LAYER, BLUEPRINT = "body", "proj_lora_64"
 

@@ -18,11 +18,11 @@ from tests.esper.tiny_models import holds_nothing
 pytestmark = pytest.mark.process
 
 SURGERY_FILES = (
-    "/grafting/apply.py",
+    "/grafting/changes/apply.py",
     "/grafting/slot.py",
-    "/grafting/ledger.py",
-    "/grafting/replicas.py",
-    "/grafting/certify.py",
+    "/grafting/trained_tensors/ledger.py",
+    "/grafting/ranks/replicas.py",
+    "/grafting/changes/certify.py",
 )
 # The way back, and the communication between ranks: a failure there is one of the network, which
 # torch reports.
@@ -68,7 +68,7 @@ def raise_at_line(number: int, reached: list[str]) -> Any:
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal seen, applying
         code = frame.f_code
-        if code.co_name == "_apply" and code.co_filename.endswith("/grafting/apply.py"):
+        if code.co_name == "_apply" and code.co_filename.endswith("/grafting/changes/apply.py"):
             applying = event != "return"
         if not applying:
             return None  # before it, all ranks meet; after it, all have the graft

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import esper
 from esper.contracts import SafetyPolicy
 from esper.exceptions import ConfigurationError, GraftError, IncompatibleLayerError, ReplicaError
-from esper.grafting import apply
+from esper.grafting.changes import apply
 from tests.esper.distributed.rank_pool import RankPool, free_port
 from tests.esper.distributed.sharded_models import Mlp, TinyTransformer, batch, fsdp2, make
 from tests.esper.tiny_models import holds_nothing

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import esper
 from esper.contracts import CommandKind, HealthFrame, Signal
 from esper.exceptions import EsperError, GraftError, IncompatibleLayerError
-from esper.grafting.replicas import RankGroup
+from esper.grafting.ranks.replicas import RankGroup
 from esper.health import sharded
 from esper.sdk import RunStopped, attaching
 from esper.sdk.transport.queues import Pace

@@ -60,7 +60,7 @@ def _save_for_all(rank: int, folder: str) -> bool:
     with replica(rank) as side:
         side.run(2)
         measured = (0.5, 0.0625)[rank]
-        with patch("esper.grafting.certify._latency_ms", lambda *_: measured):
+        with patch("esper.grafting.changes.certify._latency_ms", lambda *_: measured):
             receipt = graft(side)
         assert receipt.certificate.latency_ms == measured
         side.run(2)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import esper
 from esper.contracts import SafetyPolicy
 from esper.grafting import Receipt
-from esper.grafting.digests import digest
+from esper.grafting.tensors.digests import digest
 from esper.sdk import Session
 
 ROWS = 6  # of each rank

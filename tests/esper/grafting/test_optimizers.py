@@ -28,7 +28,7 @@ from esper.grafting import (
     digest,
     trace_layers,
 )
-from esper.grafting.companion import WARMUP_STEPS
+from esper.grafting.companions.companion import WARMUP_STEPS
 from tests.esper.tiny_models import LENGTH, VOCABULARY, TinyTransformer
 
 LAYER = "blocks.0.wide"

@@ -15,7 +15,8 @@ from torch import nn
 import esper
 from esper import Session
 from esper.exceptions import EsperError
-from esper.grafting import Receipt, apply, receipts, remedies
+from esper.grafting import Receipt, receipts, remedies
+from esper.grafting.changes import apply
 
 CHANGES: dict[str, Callable[[Session, Receipt], object]] = {
     "graft": lambda session, _: session.graft("0", "proj_lora_64"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,46 @@ def test_a_copy_works_by_itself(duplicate) -> None:
     assert remove_slots(copied) == ("0",)
     assert not copied[0]._forward_hooks
     assert torch.equal(model(x), expected)
+
+
+class Noting(pickle.Unpickler):
+    """Reads a pickle and notes the places in the library that it names."""
+
+    def __init__(self, pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self.places: set[str] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith(("esper.grafting", "esper.sdk")):
+            self.places.add(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def test_a_model_of_an_earlier_version_finds_its_parts_where_they_were() -> None:
+    """A pickle names them by these places: who moves one cannot load the models of before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = esper.attach(model, optimizer, server=None, verbose=False)
+    x = torch.randn(4, 6)
+    receipt = esper.graft(model, "2", "mlp_gelu_2048", since="0", optimizer=optimizer, sample=x)
+    model.kept = [receipt, session]  # type: ignore[assignment]
+
+    reader = Noting(pickle.dumps(model))
+    reader.load()
+
+    session.close()
+    assert reader.places == {
+        "esper.grafting.manifest.GraftRecord",
+        "esper.grafting.receipts.CopiedReceipt",
+        "esper.grafting.slot.Slot",
+        "esper.grafting.slot.run_slot",
+        "esper.grafting.spans.Carrier",
+        "esper.grafting.spans.ScopeHook",
+        "esper.grafting.spans.Source",
+        "esper.grafting.state_dicts.follow_state",
+        "esper.sdk.copied_session.CopiedSession",
+    }
 
 
 def test_an_unpickled_hook_is_not_overwritten_by_the_next_one() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import esper
-from esper.grafting import found_copies
+from esper.grafting.found_copies import search
 from tests.esper.sdk.tiny_training import Training, grafts_at
 from tests.esper.sdk.transport.attached import (
     ended,
@@ -31,8 +31,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.searches = 100.0, 0
         time = SimpleNamespace(perf_counter=lambda: self.now)
-        monkeypatch.setattr(found_copies, "time", time)
-        monkeypatch.setattr(found_copies.Copies, "_search", lambda *_: self.search())
+        monkeypatch.setattr(search, "time", time)
+        monkeypatch.setattr(search.Copies, "_search", lambda *_: self.search())
 
     def search(self) -> None:
         self.searches += 1
@@ -60,7 +60,7 @@ def test_searches_for_averages_are_a_small_part_of_the_time(
         train(10, clock)
     assert clock.searches == 1, "the first comes at once"
 
-    clock.now += SEARCH_SECONDS / found_copies.SEARCH_SHARE
+    clock.now += SEARCH_SECONDS / search.SEARCH_SHARE
     for _ in range(12):
         train(10, clock)
     assert clock.searches == 2
@@ -69,9 +69,9 @@ def test_searches_for_averages_are_a_small_part_of_the_time(
 @pytest.fixture
 def no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a short session after others: nothing is searched before a graft."""
-    time = found_copies.SearchTime()
+    time = search.SearchTime()
     time._spent = math.inf
-    monkeypatch.setattr(found_copies, "search_time", time)
+    monkeypatch.setattr(search, "search_time", time)
 
 
 class Averaged(Training):

@@ -18,7 +18,7 @@ from esper.contracts import (
     signing,
 )
 from esper.grafting import digest, span_of
-from esper.grafting.random_streams import RandomStreams
+from esper.grafting.tensors.random_streams import RandomStreams
 from esper.sdk import RunStopped
 from esper.sdk.transport import TransportQueues
 from tests.esper.sdk.tiny_training import Training, slot_at

@@ -1,0 +1,1 @@
+"""Grafts put into a model: applied and certified, or built again from what was saved."""

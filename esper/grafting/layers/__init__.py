@@ -1,0 +1,1 @@
+"""The layers of a model: their graph, and ways to see them run."""

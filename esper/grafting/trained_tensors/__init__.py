@@ -1,0 +1,1 @@
+"""Which tensors the script trains, and which it should train and does not."""
