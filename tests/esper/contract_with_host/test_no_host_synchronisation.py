@@ -85,10 +85,12 @@ class Synchronisations(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _copies_to_the_host(self, name: str, args: Any, kwargs: Any) -> bool:
-        waits = not kwargs.get("non_blocking", False)
-        goes = "cpu" in map(str, (*args[1:], *kwargs.values()))
-        by_mask = name == "__getitem__" and _has_mask(args[1])
-        return (name == "to" and waits and goes) or by_mask
+        if name == "__getitem__":
+            return _has_mask(args[1])
+        if name != "to" or kwargs.get("non_blocking", False):
+            return False
+        places = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, (str, torch.device))]
+        return "cpu" in map(str, places)
 
     def _note(self, name: str) -> None:
         lines, frame = [], sys._getframe(2)
@@ -347,6 +349,8 @@ def test_the_mode_finds_what_would_wait() -> None:
 
     assert caught.found
     assert all("saving.py" in line for line in caught.found)
+    assert caught._copies_to_the_host("to", (torch.ones(1), torch.device("cpu")), {})
+    assert not caught._copies_to_the_host("to", (torch.ones(1), "cpu"), {"non_blocking": True})
 
 
 def test_a_transfer_keeps_what_is_not_known_apart_from_what_is_not_finite() -> None:
