@@ -5,8 +5,10 @@
 
 Each host model is trained bare and observed in interleaved blocks of one run, so that drift of the
 machine affects all equally; ratios are of neighbouring blocks. On a GPU the loop runs free: a block
-is timed as a whole, from an idle device to an idle device. The observers:
+is timed as a whole, from an idle device to an idle device. The mean ratio counts every step, and
+stands with its 95 % interval, by bootstrap over the pairs of blocks. The observers:
 
+- ``none``: the bare loop once more, so what differs is the machine's noise.
 - ``esper``: observing, with telemetry to a server that does not answer, the busiest case for a
   trainer; a frame at most every 10 steps. ``supervised`` and ``automatic`` are its other modes in
   local mode, with nothing to do.
@@ -36,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,6 +53,7 @@ BUDGET_RATIO = 1.01
 BUDGET_ABSOLUTE_MS = 0.05
 LOG_EVERY = 10  # steps; Esper's own shortest period of frames
 OWN = ("esper", "supervised", "automatic")  # have Esper's budget
+DRAWS = 2_000  # of the bootstrap
 WARM_UP = 60  # steps: behind the first step at which Esper sets its periods by their cost
 
 
@@ -373,20 +377,27 @@ class Timing:
     watched: list[list[float]]
     calls: list[float] = field(default_factory=list)  # in the watcher's own call, each step
 
-    @property
-    def ratios(self) -> list[float]:
-        """Watched / bare mean of each pair of neighbouring blocks.
+    def mean_ratio(self) -> tuple[float, float, float]:
+        """Time of all steps, watched / bare, and the ends of its interval.
 
         Means, not medians, because work in every tenth step counts too.
         """
-        return [
-            statistics.fmean(watched) / statistics.fmean(bare)
-            for bare, watched in zip(self.bare, self.watched, strict=True)
-        ]
+        times_B2 = np.array(
+            [
+                (statistics.fmean(watched), statistics.fmean(bare))
+                for bare, watched in zip(self.bare, self.watched, strict=True)
+            ]
+        )
+        blocks = len(times_B2)
+        draws_DB = np.random.default_rng(0).integers(blocks, size=(DRAWS, blocks))
+        sums_D2 = times_B2[draws_DB].sum(axis=1)
+        low, high = np.quantile(sums_D2[:, 0] / sums_D2[:, 1], (0.025, 0.975))
+        watched, bare = times_B2.sum(axis=0)
+        return float(watched / bare), float(low), float(high)
 
     @property
     def typical_ratios(self) -> list[float]:
-        """The same with medians: the overhead of a step without a sample."""
+        """Watched / bare median of each pair: the overhead of a step without a sample."""
         return [
             statistics.median(watched) / statistics.median(bare)
             for bare, watched in zip(self.bare, self.watched, strict=True)
@@ -399,6 +410,7 @@ def acting(mode: RunMode) -> Make:
 
 Make = Callable[[Host, Place], Loop]
 WATCHERS: dict[str, tuple[str, Make, Make]] = {
+    "none": ("", PlainLoop, PlainLoop),
     "esper": ("", PlainLoop, lambda host, place: PlainLoop(host, place, EsperWatcher)),
     "supervised": ("", PlainLoop, acting(RunMode.SUPERVISED)),
     "automatic": ("", PlainLoop, acting(RunMode.AUTOMATIC)),
@@ -458,7 +470,7 @@ def _summary(timing: Timing) -> dict[str, Any]:
     is_long = bare >= LONG_STEP_MS
     # Pairs of neighbouring blocks cancel slow drift of the machine.
     typical = statistics.median(timing.typical_ratios)
-    mean = statistics.median(timing.ratios)
+    mean, low, high = timing.mean_ratio()
     return {
         "p50": statistics.median(watched_ms),
         "p95": _percentile(watched_ms, 0.95),
@@ -466,6 +478,8 @@ def _summary(timing: Timing) -> dict[str, Any]:
         "bare_p50": bare,
         "ratio": typical,
         "mean_ratio": mean,
+        "mean_ratio_low": low,
+        "mean_ratio_high": high,
         "absolute_ms": bare * (typical - 1.0),
         "mean_absolute_ms": statistics.fmean(bare_ms) * (mean - 1.0),
         "call_p50": statistics.median(timing.calls) if timing.calls else None,
@@ -487,17 +501,20 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     """A table for a terminal."""
     lines = [
         f"{'host':14}{'watcher':11}{'bare p50':>10}{'watched':>9}{'p50 ratio':>11}"
-        f"{'mean ratio':>12}{'more':>9}{'mean more':>11}{'call p50':>10}{'call mean':>11}  budget"
+        f"{'mean ratio':>28}{'more':>9}{'mean more':>11}{'call p50':>10}{'call mean':>11}  budget"
     ]
     for row in rows:
         head = f"{row['host']:14}{row['watcher']:11}"
         if "missing" in row:
             lines.append(f"{head}{row['missing']} is not installed")
             continue
+        mean = (
+            f"{row['mean_ratio']:.4f} ({row['mean_ratio_low']:.4f} to {row['mean_ratio_high']:.4f})"
+        )
         budget = f"{row['budget']}: {'kept' if row['kept'] else 'NOT KEPT'}"
         lines.append(
             f"{head}{row['bare_p50']:>10.3f}{row['p50']:>9.3f}{row['ratio']:>11.4f}"
-            f"{row['mean_ratio']:>12.4f}{row['absolute_ms']:>9.3f}{row['mean_absolute_ms']:>11.3f}"
+            f"{mean:>28}{row['absolute_ms']:>9.3f}{row['mean_absolute_ms']:>11.3f}"
             f"{_known(row['call_p50']):>10}{_known(row['call_mean']):>11}"
             f"  {budget if row['watcher'] in OWN else '-'}"
         )
