@@ -243,25 +243,33 @@ def test_a_trained_model_can_be_used_as_any_other(kind: str, use: str, when: str
     session.close()
 
 
-@pytest.mark.parametrize("when", ["before the first step", "attached", "armed", "detached"])
-def test_a_saved_model_loads_where_esper_is_not_installed(tmp_path: Path, when: str) -> None:
-    model, _, session = attached("mlp", 0 if when == "before the first step" else 12)
-    if when == "armed":
-        arm(session)
-        assert any(module._forward_hooks for module in model.modules())
-    if when == "detached":
-        session.detach()
-    torch.save(model, tmp_path / "whole.pt")
+def test_a_saved_model_loads_where_esper_is_not_installed(tmp_path: Path) -> None:
+    moments = ("before the first step", "attached", "armed", "detached")
+    for when in moments:
+        model, _, session = attached("mlp", 0 if when == "before the first step" else 12)
+        if when == "armed":
+            arm(session)
+            assert any(module._forward_hooks for module in model.modules())
+        if when == "detached":
+            session.detach()
+        torch.save(model, tmp_path / f"{when}.pt")
+        session.close()
     program = (
-        "import sys; sys.modules['esper'] = None; import torch;"
-        "m = torch.load('whole.pt', weights_only=False); print(m(torch.ones(1, 16)).shape)"
+        "import sys; sys.modules['esper'] = None; import torch\n"
+        "for when in sys.argv[1:]:\n"
+        "    model = torch.load(f'{when}.pt', weights_only=False)\n"
+        "    print(when, model(torch.ones(1, 16)).shape, flush=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program, *moments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
-    assert "torch.Size([1, 8])" in done.stdout, done.stderr
-    session.close()
+    expected = [f"{when} torch.Size([1, 8])" for when in moments]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
