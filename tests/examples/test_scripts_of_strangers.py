@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def output_of(script: str, *options: str) -> tuple[str, str]:
-    """(stdout, stderr) of a script that ends well."""
+END = "--- end of a run ---\n"
+RUNS = f"""
+import json, runpy, sys
+_, script, runs = sys.argv
+for options in json.loads(runs):
+    sys.argv = [script, *options]
+    runpy.run_path(script, run_name="__main__")
+    for stream in (sys.stdout, sys.stderr):
+        print({END.strip()!r}, file=stream, flush=True)
+"""
+
+
+@cache
+def outputs_of(script: str, *runs: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(stdout, stderr) of each run of a script that ends well. One process: it imports torch."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("ESPER_SERVER", "ESPER_TOKEN", "ESPER_VERBOSE"):
         environment.pop(name, None)
+    path = str(ROOT / "examples" / script)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "examples" / script), *options],
+        [sys.executable, "-W", "ignore", "-c", RUNS, path, json.dumps(runs)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -27,7 +43,8 @@ def output_of(script: str, *options: str) -> tuple[str, str]:
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, done.stderr
+    told, said = done.stdout.split(END)[:-1], done.stderr.split(END)[:-1]
+    return list(zip(told, said, strict=True))
 
 
 def number_after(words: str, text: str) -> str:
@@ -37,11 +54,13 @@ def number_after(words: str, text: str) -> str:
 
 
 # The best epoch is before the graft, and after it.
-@pytest.mark.parametrize(("graft_at", "is_older"), [(26, True), (3, False)])
-def test_early_stopping_gets_its_best_state_back(graft_at: int, is_older: bool) -> None:
-    told, said = output_of(
-        "early_stopping.py", "--epochs", "30", "--patience", "30", "--graft-at", str(graft_at)
-    )
+@pytest.mark.parametrize("is_older", [True, False])
+def test_early_stopping_gets_its_best_state_back(is_older: bool) -> None:
+    epochs = {True: 26, False: 3}
+    always = ("--epochs", "30", "--patience", "30", "--graft-at")
+    runs = [(*always, str(epoch)) for epoch in epochs.values()]
+    told, said = outputs_of("early_stopping.py", *runs)[[*epochs].index(is_older)]
+    graft_at = epochs[is_older]
     assert f"proj_lora_64 in '0' at step {19 * graft_at}" in told
     assert (int(number_after("best epoch", told)) < graft_at) is is_older
     best = number_after("best epoch [0-9]+, validation loss", told)
@@ -51,12 +70,13 @@ def test_early_stopping_gets_its_best_state_back(graft_at: int, is_older: bool) 
     assert "finding" not in said
 
 
-@pytest.mark.parametrize(("graft_at", "is_older"), [(50, True), (5, False)])
-def test_the_trainer_loads_its_best_model_across_a_graft(graft_at: int, is_older: bool) -> None:
+@pytest.mark.parametrize("is_older", [True, False])
+def test_the_trainer_loads_its_best_model_across_a_graft(is_older: bool) -> None:
     pytest.importorskip("transformers")
-    told, said = output_of(
-        "huggingface_best_model.py", "--steps", "80", "--graft-at", str(graft_at)
-    )
+    steps = {True: 50, False: 5}
+    runs = [("--steps", "80", "--graft-at", str(step)) for step in steps.values()]
+    told, said = outputs_of("huggingface_best_model.py", *runs)[[*steps].index(is_older)]
+    graft_at = steps[is_older]
     assert f"at step {graft_at}" in told
     assert (int(number_after("best checkpoint", told)) < graft_at) is is_older
     assert number_after("loaded again: loss", told) == number_after("best loss", told)
@@ -66,7 +86,8 @@ def test_the_trainer_loads_its_best_model_across_a_graft(graft_at: int, is_older
 # The graft is the script's own in both modes.
 @pytest.mark.parametrize("mode", ["observe", pytest.param("supervised", marks=pytest.mark.full)])
 def test_a_whole_graph_trains_on_through_a_graft(mode: str) -> None:
-    told, said = output_of("compiled_loop.py", "--steps", "60", "--graft-at", "30", "--mode", mode)
+    options = ("--steps", "60", "--graft-at", "30", "--mode", mode)
+    [(told, said)] = outputs_of("compiled_loop.py", options)
     assert "mlp_gelu_2048 in '2' at step 30" in told
     assert float(number_after("without compilation:", told)) < 1e-4
     assert float(number_after("accuracy", told)) > 0.5
