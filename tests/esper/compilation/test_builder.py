@@ -30,7 +30,8 @@ LAYER = LayerInfo(
 )
 ORDER = BuildOrder(LAYER, "proj_lora_64", {"rank": 4}, "cpu")
 ODD = (sys.executable, str(Path(__file__).with_name("odd_builder.py")))
-SECONDS, MEMORY_MIB = 4.0, 256
+# Seconds end a build that would not end by itself; others have as long as a busy machine takes.
+SECONDS, SHORT_SECONDS, MEMORY_MIB = 300.0, 1.0, 256
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,8 @@ def test_a_warm_child_drafts_a_kernel_tells_its_steps_and_takes_the_next_order(
     ("behaviour", "says"),
     [
         ("segfault", "killed by SIGSEGV"),
-        ("endless", "did not finish within 4 s"),
-        ("frozen", "did not finish within 4 s"),
+        ("endless", "did not finish within 1 s"),
+        ("frozen", "did not finish within 1 s"),
         ("garbage", "files that are not a kernel"),
         ("linked", "files that are not a kernel"),
     ],
@@ -94,6 +95,8 @@ def test_a_warm_child_drafts_a_kernel_tells_its_steps_and_takes_the_next_order(
 def test_a_failed_child_is_ended_and_its_end_is_described(
     builder: Builder, behaviour: str, says: str
 ) -> None:
+    if "within" in says:
+        builder.limits = replace(builder.limits, seconds=SHORT_SECONDS)
     with pytest.raises(BuilderLostError, match=says) as lost:
         drafted(builder, wrong(behaviour))
 
@@ -122,7 +125,7 @@ def test_a_build_beyond_its_memory_fails_and_the_child_lives_on(builder: Builder
 
 
 def test_a_child_without_a_limit_on_addresses_is_killed_when_it_grows_too_large() -> None:
-    builder = Builder(BuildLimits(20.0, MEMORY_MIB), (*ODD, "--unlimited"))
+    builder = Builder(BuildLimits(SECONDS, MEMORY_MIB), (*ODD, "--unlimited"))
 
     with pytest.raises(BuilderLostError, match=r"took .* MiB, at most 256 MiB"):
         drafted(builder, wrong("hoarding"))
