@@ -223,7 +223,7 @@ class Acts:
             UnknownLayerError, ConfigurationError, GraftError: the model is as before.
         """
         self._steps.catch_up()
-        receipt = self._parts.surgery.remedy(name, layer, sample, config)
+        receipt = self._parts.surgery.remedies.apply(name, layer, sample, config)
         if self._parts.diagnosis is not None:
             self._parts.diagnosis.follow(get_remedy(name))
         return receipt
@@ -255,7 +255,7 @@ class Acts:
     def freeze(self, layer: str) -> RemedyReceipt:
         """Stop a layer from learning. Raises as :meth:`set_lr`."""
         self._steps.catch_up()
-        return self._parts.surgery.freeze(layer)
+        return self._parts.surgery.remedies.freeze(layer)
 
     def unfreeze(self, layer: str) -> RemedyReceipt:
         """Let a frozen layer learn; the remedy ``thaw``. Raises as :meth:`set_lr`."""
@@ -269,7 +269,7 @@ class Acts:
             UndoError, GraftError: it is not in the model, or cannot be merged; nothing changed.
         """
         self._steps.catch_up()
-        return self._parts.surgery.merge(receipt)
+        return self._parts.surgery.remedies.merge(receipt)
 
     def prune(self, receipt: Receipt) -> UndoReceipt:
         """Take a graft out for good; the host keeps what it has learned since.
@@ -278,7 +278,7 @@ class Acts:
             UndoError: it is not in the model any more.
         """
         self._steps.catch_up()
-        return self._parts.surgery.prune(receipt)
+        return self._parts.surgery.removals.prune(receipt)
 
     @overload
     def approve(self, waiting: Waiting | str) -> Receipt: ...

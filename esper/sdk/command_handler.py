@@ -425,7 +425,7 @@ class CommandHandler:
             return Answer(refused(command, RefusalCode.MERGED, MERGED))
         wanted = command.payload.get("hard") is not False
         hard = wanted and adaptation.restorable
-        report, gone = self._surgery.take_out_for_server(adaptation, hard=hard)
+        report, gone = self._surgery.removals.take_out_for_server(adaptation, hard=hard)
         ack = CommandAck(
             seq=command.seq,
             state=CommandState.APPLIED,
@@ -438,7 +438,7 @@ class CommandHandler:
     def _take_back(self, command: Command, remedy: RemedyReceipt) -> Answer:
         wanted = command.payload.get("hard") is not False
         hard = wanted and remedy.can_undo_hard
-        report = self._surgery.take_back_for_server(remedy, hard=hard)
+        report = self._surgery.remedies.take_back_for_server(remedy, hard=hard)
         note = "only ended: the snapshot before it was not kept" if wanted and not hard else ""
         ack = CommandAck(
             seq=command.seq,

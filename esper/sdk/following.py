@@ -71,7 +71,7 @@ class Follower:
             return self._evaluations.due_loss
         if order.kind == "remedy":
             return partial(
-                self._surgery.remedy_for_server,
+                self._surgery.remedies.apply_for_server,
                 order.adaptation,
                 order.remedy,
                 order.layer,
@@ -88,7 +88,7 @@ class Follower:
         if order.kind == "evaluate":
             return partial(self._evaluations.look, adaptation)
         state = AdaptationState(order.state)
-        return partial(self._surgery.take_out, adaptation, hard=order.hard, state=state)
+        return partial(self._surgery.removals.take_out, adaptation, hard=order.hard, state=state)
 
     def _taking_back(self, order: Order) -> Callable[[], object]:
         receipt = self._surgery.changes.find_remedy(order.adaptation)
@@ -96,4 +96,4 @@ class Follower:
             raise UndoError(
                 f"this rank does not have the remedy of {order.adaptation!r}", layer=order.layer
             )
-        return partial(self._surgery.take_back_for_server, receipt, hard=order.hard)
+        return partial(self._surgery.remedies.take_back_for_server, receipt, hard=order.hard)

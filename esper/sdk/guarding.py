@@ -75,7 +75,7 @@ class ProbationGuard:
         if suspect is None:
             self.losses.reset()  # from here on the new level is the normal one
             return
-        gone = self._surgery.take_out_for_guard(suspect, verdict)
+        gone = self._surgery.removals.take_out_for_guard(suspect, verdict)
         self.acted_at = self._run.step
         self.losses.reset()
         if self._local is not None:

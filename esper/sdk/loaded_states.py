@@ -34,8 +34,8 @@ class LoadedStates:
         difference = state_dicts.compare(self._model, state, prefix)
         state_dicts.check_known(difference)
         if difference.leaving or difference.coming:
-            self._surgery.follow_state(difference)
+            self._surgery.loads.follow_state(difference)
 
     def _after(self) -> None:
-        self._surgery.remove_idle_slots()
+        self._surgery.idle_slots.remove()
         state_dicts.follow_whole_states(self._model)

@@ -221,7 +221,7 @@ class LocalLoop:
                 self._announcer.kept(entry, verdict.reason)
             else:
                 hard = entry.restorable and self._left_worse(entry)
-                report, gone = self._surgery.take_out(
+                report, gone = self._surgery.removals.take_out(
                     entry, hard=hard, state=AdaptationState.ROLLED_BACK
                 )
                 self._announcer.taken_out(gone, report, verdict.reason)

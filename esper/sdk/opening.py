@@ -29,7 +29,7 @@ def open_run(
     if not parts.layers.fix():
         return
     layers = parts.layers.own
-    parts.surgery.settle_slots()
+    parts.surgery.idle_slots.settle()
     if measure:
         parts.surgery.sampler = _sampler(parts, layers, wants_meeting)
     parts.surgery.copies.open()

@@ -173,7 +173,7 @@ class Parts:
             watched,
             fixed=self.setup.evaluate_every,
         )
-        self.surgery.evaluate = made.on_request
+        self.surgery.remedies.evaluate = made.on_request
         return made
 
     def _make_remedies(self) -> RemedyLoop | None:

@@ -81,7 +81,9 @@ def _take_back(done: Sequence[Adaptation], surgery: Surgery) -> tuple[str, ...]:
         if not entry.grafted:
             continue  # it went with a later one
         try:
-            surgery.take_out(entry, hard=entry.restorable, state=AdaptationState.ROLLED_BACK)
+            surgery.removals.take_out(
+                entry, hard=entry.restorable, state=AdaptationState.ROLLED_BACK
+            )
         except EsperError:
             stays.append(entry.layer)
     return tuple(stays)

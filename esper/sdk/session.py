@@ -186,7 +186,7 @@ class Session(Acts):
     @property
     def adaptations(self) -> tuple[Adaptation, ...]:
         """Everything that was grafted in this session, oldest first."""
-        self._parts.failures.contain("surgery", self._parts.surgery.notice_gone)
+        self._parts.failures.contain("surgery", self._parts.surgery.removals.notice_gone)
         return tuple(self._parts.surgery.changes.adaptations)
 
     @property

@@ -33,7 +33,7 @@ def state_of(parts: Parts) -> dict[str, Any]:
         "local": parts.local.memory.to_state() if parts.local is not None else None,
         "good_states": states.state_dict() if states is not None else None,
         "treatments": parts.remedies.server.state_dict() if parts.remedies is not None else [],
-        **parts.surgery.state_dict(),
+        **parts.surgery.loads.state_dict(),
     }
 
 
@@ -59,7 +59,7 @@ def _load(parts: Parts, state: dict[str, Any], joint: Joint) -> None:
     step = int(state["step"])
     if step < 0:
         raise ConfigurationError(f"a session cannot have taken {step} steps")
-    parts.surgery.load_state_dict(state, joint)
+    parts.surgery.loads.load_state_dict(state, joint)
     parts.guard.losses, parts.run.step = guard, step
     parts.run.losses.extend(losses)
     if beginning is not None:

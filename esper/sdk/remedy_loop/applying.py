@@ -50,7 +50,7 @@ class Applier:
         """
         self._way_back.mark(self._history.case_of(proposal.finding))
         measured = proposal.remedy in _RATE and self._diagnosis.update_excess > EXCESSIVE
-        receipt = self._surgery.remedy(
+        receipt = self._surgery.remedies.apply(
             proposal.remedy,
             proposal.layer,
             self._sample.batch,
@@ -76,7 +76,7 @@ class Applier:
         asked = self._approval.why_asked(remedy, given, proposal.finding)
         if remedy.slug in case.rejected | case.failed or asked:
             return None
-        if self._surgery.refusal(remedy.slug, "", None, proposal.config):
+        if self._surgery.remedies.refusal(remedy.slug, "", None, proposal.config):
             return None
         try:
             return self.apply(proposal)

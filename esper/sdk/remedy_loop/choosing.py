@@ -82,6 +82,6 @@ class Chooser:
             return "it needs a batch of inputs, the same on all ranks"
         if self._approval.installs_nothing:
             return ""
-        return self._surgery.refusal(
+        return self._surgery.remedies.refusal(
             remedy.slug, proposal.layer, self._sample.batch, proposal.config
         )

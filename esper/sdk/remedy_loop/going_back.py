@@ -122,13 +122,13 @@ class WayBack:
     def _go(self, slug: str, evidence: Evidence | None, reason: str) -> Treatment | None:
         case = self._history.case_of(slug)
         case.went_back = True
-        refused = self._surgery.refusal("rewind", "", None, _TO_MARK)
+        refused = self._surgery.remedies.refusal("rewind", "", None, _TO_MARK)
         if not refused:
             try:
                 for treatment in self._history.in_force(slug):
                     assert treatment.receipt is not None
                     self._surgery.undo(treatment.receipt, hard=False)
-                receipt = self._surgery.remedy("rewind", "", None, dict(_TO_MARK), slug)
+                receipt = self._surgery.remedies.apply("rewind", "", None, dict(_TO_MARK), slug)
                 ended = f"went back to where the first remedy was given, because {reason}"
                 return Treatment(slug, "rewind", self._run.step, receipt, evidence, ended=ended)
             except EsperError as error:

@@ -107,7 +107,7 @@ class ServerSide:
         """
         for entry in [e for e in self._history.proposals if finding in e.findings]:
             self.forget(entry)
-        receipt = self._surgery.remedy_for_server(
+        receipt = self._surgery.remedies.apply_for_server(
             adaptation, remedy, layer, self._sample.batch, config, finding
         )
         found = next((f for f in self._diagnosis.diagnosis.open if f.rule.slug == finding), None)

@@ -96,7 +96,7 @@ def train(model: Any, steps: int, session: Any = None) -> list[float]:
     if session is None:
         optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     else:
-        (optimizer,) = session._parts.surgery._surroundings.optimizers
+        (optimizer,) = session._parts.surgery.subject.surroundings.optimizers
     losses = []
     for _ in range(steps):
         loss = model(torch.randn(16, 8)).square().mean()

@@ -350,7 +350,7 @@ def test_eager_layers_have_a_slot_only_while_they_hold_a_graft(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An empty one costs some microseconds at each call of its layer."""
-    monkeypatch.setattr("esper.sdk.surgery.anything_was_compiled", lambda: False)
+    monkeypatch.setattr("esper.sdk.surgery.idle_slots.anything_was_compiled", lambda: False)
     model, optimizer, session = attached("mlp", mode=mode)
     assert [n for n, _ in model.named_modules() if "esper" in n] == []
     assert not any(module._forward_hooks for module in model.modules())

@@ -103,7 +103,7 @@ def test_what_cannot_be_taken_back_is_named(
     def refuse(*_: Any, **__: Any) -> None:
         raise UndoError("the snapshot is gone", layer="")
 
-    monkeypatch.setattr(session._parts.surgery, "take_out", refuse)
+    monkeypatch.setattr(session._parts.surgery.removals, "take_out", refuse)
     first = plan.members[0].adaptation.layer_name
     with pytest.raises(PlanError, match=f"stay: {first}") as caught:
         session.approve(plan)

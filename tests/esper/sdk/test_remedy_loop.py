@@ -611,7 +611,7 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
         watch = session._parts.diagnosis
         assert watch is not None
         watch.diagnosis = Diagnosis([Endless()])
-        real, at = session._parts.surgery.remedy, []
+        real, at = session._parts.surgery.remedies.apply, []
 
         def spoil(slug: str, layer: str, sample: object, config: Any, *rest: object) -> object:
             at.append({n: p.detach().clone() for n, p in run.model.named_parameters()})
@@ -626,7 +626,7 @@ def test_a_run_whose_remedies_all_fail_ends_no_worse_than_where_they_began(
                 assert all(torch.equal(back[name], first) for name, first in at[0].items())
             return receipt
 
-        monkeypatch.setattr(session._parts.surgery, "remedy", spoil)
+        monkeypatch.setattr(session._parts.surgery.remedies, "apply", spoil)
         before = run.train(100, session)
         after = run.train(300, session)
         assert max(after) > 2 * max(before[80:100])
@@ -657,7 +657,7 @@ def test_a_remedy_that_ends_its_finding_and_leaves_the_run_worse_is_taken_back(
         assert watch is not None
         assert loop is not None
         watch.diagnosis = Diagnosis([Passing()])
-        real, at, rates = session._parts.surgery.remedy, [], []
+        real, at, rates = session._parts.surgery.remedies.apply, [], []
 
         def spoil(slug: str, layer: str, sample: object, config: Any, *rest: object) -> object:
             at.append([p.detach().clone() for p in run.model.parameters()])
@@ -671,7 +671,7 @@ def test_a_remedy_that_ends_its_finding_and_leaves_the_run_worse_is_taken_back(
                 run.optimizer.param_groups[0]["lr"] = 1e-9
             return receipt
 
-        monkeypatch.setattr(session._parts.surgery, "remedy", spoil)
+        monkeypatch.setattr(session._parts.surgery.remedies, "apply", spoil)
         monkeypatch.setattr("esper.sdk.remedy_loop.losses.fell", lambda *_: False)
         before = run.train(100, session)
         run.train(200, session)
@@ -787,7 +787,7 @@ def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
             tried.append(slug)
             raise GraftError("no room", layer="")
 
-        monkeypatch.setattr(session._parts.surgery, "remedy", refuse)
+        monkeypatch.setattr(session._parts.surgery.remedies, "apply", refuse)
         run.train(230, session)
         assert tried.count("rewind") == 1
         assert "rewind does not fit non_finite: no room." in str(session.why())

@@ -36,7 +36,7 @@ def test_a_remedy_and_its_undo_are_reported_with_digests(
         time.sleep(SLOW_MS / 1e3)
         return freeze(*args, **options)
 
-    monkeypatch.setattr("esper.sdk.surgery.remedies.freeze", slow)
+    monkeypatch.setattr("esper.grafting.remedies.freeze", slow)
     with listening(training, plane) as session:
         before, started = digest(training.model), time.perf_counter()
         receipt = session.freeze("3")
