@@ -35,6 +35,17 @@ from typing import Any
 class EsperError(Exception):
     """Base of all errors below."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own would call the class with the message alone. A pool of processes waits
+        # forever for an error that cannot be unpickled.
+        return _rebuilt, (type(self), self.args, vars(self))
+
+
+def _rebuilt(kind: type[EsperError], args: tuple[Any, ...], state: dict[str, Any]) -> EsperError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
+
 
 class ConfigurationError(EsperError):
     """A setting or argument is not valid; nothing was started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 
 import esper
 from esper import Session
-from esper.exceptions import ConfigurationError, IncompatibleLayerError, UndoError
+from esper.exceptions import (
+    ConfigurationError,
+    EsperError,
+    IncompatibleLayerError,
+    UndoError,
+)
 from esper.fail_closed import FailClosed
 from esper.grafting import LayerRecorder
 from esper.sdk.copied_session import CopiedSession
@@ -696,3 +702,19 @@ def test_the_layers_of_a_generator_are_known() -> None:
     assert [layer.in_shape for layer in session.layers] == [(4, 8), (4, 8)]
     assert session.frame() is not None
     assert session.undo(session.graft("layers.1", "proj_lora_64")).exact
+
+
+def all_errors(kind: type[EsperError] = EsperError) -> Iterator[type[EsperError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from all_errors(below)
+
+
+def test_errors_come_back_from_the_processes_of_a_pool() -> None:
+    # A pool of multiprocessing waits forever for an error that cannot be unpickled.
+    for kind in all_errors():
+        error = kind.__new__(kind, "the message")
+        vars(error).update(layer="fc1", reason="why")
+        for back in (pickle.loads(pickle.dumps(error)), copy.copy(error)):  # noqa: S301
+            assert type(back) is kind
+            assert (back.args, vars(back)) == (error.args, vars(error))
