@@ -128,10 +128,10 @@ class SamplingPace:
             return False
         now = self.at(step)
         allowed = max(self._budget * step_seconds, LEAST_SECONDS_PER_STEP) / 2
-        frame = period_for(_typical(self._frame_costs) / allowed, self._frame_every, now.frame)
+        frame = period_for(typical(self._frame_costs) / allowed, self._frame_every, now.frame)
         deep = now.deep
         if self._deep_costs:
-            needed = _typical(self._deep_costs) / allowed
+            needed = typical(self._deep_costs) / allowed
             if len(self._deep_costs) == 1:
                 needed = min(needed, LONGEST_DEEP_AT_FIRST)
             deep = period_for(needed, self._deep_every, now.deep)
@@ -180,7 +180,7 @@ def _doubled(shortest: int, needed: float) -> int:
     return int(shortest * 2 ** min(doubling, LONGEST_DOUBLING))
 
 
-def _typical(costs: Iterable[float]) -> float:
+def typical(costs: Iterable[float]) -> float:
     """The median; of one or two costs the smaller, because the first calls fill caches."""
     found = sorted(costs)
     return found[0] if len(found) < 3 else statistics.median(found)

@@ -22,6 +22,7 @@ from esper.exceptions import UndoError
 from esper.grafting.tensors.digests import named_tensors
 from esper.grafting.tensors.forms import Shape, shape_of
 from esper.grafting.tensors.saved_values import write
+from esper.health.pace import typical
 from esper.remedies.good_state import State
 from esper.remedies.state_folder import StateFolder
 from esper.remedies.update_hooks import before_update
@@ -29,6 +30,7 @@ from esper.remedies.update_hooks import before_update
 EVERY_STEPS = 100  # how often a candidate is taken, more often at the start
 CONFIRMED_STEPS = 20  # for so long the run must stay healthy after a candidate
 KEPT = 3
+COSTS = 7  # of the latest copies, which tell what one costs
 SHARE = 0.01  # of the run's time that copies may take
 START_STEPS = 200  # for so long the state before training is kept too
 
@@ -73,6 +75,7 @@ class GoodStates:
         self._step = 0
         self._clock = clock
         self._began = (0.0, -1)  # when the latest candidate was taken, and after which step
+        self._costs: deque[float] = deque(maxlen=COSTS)
         self._candidate: State | None = None
         self._good: deque[State] = deque(maxlen=kept)
         self._next = 0
@@ -138,9 +141,10 @@ class GoodStates:
         if self._candidate is None and step >= self._next:
             began = self._clock()
             self._candidate = self._take(step)
-            seconds = self._clock() - began
+            # A single one that takes long must not change to which state a run goes back.
+            self._costs.append(self._clock() - began)
             usual = min(self._every, max(CONFIRMED_STEPS, step))
-            pays = self._steps_that_pay(seconds, began, step)
+            pays = self._steps_that_pay(typical(self._costs), began, step)
             # Doubled, and not measured to the step: several ranks must keep the same steps.
             self._next = step + usual * 2 ** max(0, math.ceil(math.log2(max(1, pays) / usual)))
 

@@ -12,6 +12,8 @@ from esper.sdk.remedy_loop.history import EARLY_STEPS, IN_VAIN, History
 from esper.sdk.remedy_loop.verdicts import WINDOW_STEPS
 from esper.sdk.run_state import RunState
 
+_PASSES_NOTHING_ON = frozenset({"saturation", "vanishing_gradient"})
+
 
 class YoungRun:
     """What is known of the start of one run."""
@@ -46,9 +48,13 @@ class YoungRun:
 
         A lower rate alone brings none of them back.
         """
-        died = found.rule.slug == "dying_relu" and self._run.step <= START_STEPS
+        if self._run.step > START_STEPS or not self._diagnosis.update_excess > EXCESSIVE:
+            return False
+        if found.rule.slug in _PASSES_NOTHING_ON:
+            # The repair, which comes otherwise, gives up as much, and leaves the rate as it is.
+            return not self.has_learned
         learned_little = losses.level(self._run) >= losses.LEARNED * self._diagnosis.guessing_loss
-        return died and learned_little and self._diagnosis.update_excess > EXCESSIVE
+        return found.rule.slug == "dying_relu" and learned_little
 
     @property
     def loses_nothing(self) -> bool:

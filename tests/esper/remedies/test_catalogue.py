@@ -936,27 +936,34 @@ def test_what_stays_in_force_outlives_a_restart(slug: str) -> None:
         assert session.remedies == ()
 
 
-def test_copies_of_the_run_cost_at_most_a_hundredth_of_its_time() -> None:
-    """A large model: a copy takes as long as 20 steps."""
-    model = nn.Linear(4, 4)
+def copies_of_10_000_steps(seconds: Callable[[int], float]) -> list[int]:
+    """At which steps the run is copied; a step takes 0.1 s, and so long each copy."""
     now, copies = [0.0], []
-
-    def clock() -> float:
-        return now[0]
-
-    states = GoodStates(model, lambda: [], clock=clock)
+    states = GoodStates(nn.Linear(4, 4), lambda: [], clock=lambda: now[0])
     take = states._take
 
-    def slow(step: int) -> Any:
+    def timed(step: int) -> Any:
+        now[0] += seconds(len(copies))
         copies.append(step)
-        now[0] += 2.0
         return take(step)
 
-    states._take = slow  # type: ignore[method-assign]
+    states._take = timed  # type: ignore[method-assign]
     for step in range(1, 10_001):
         now[0] += 0.1
         states.on_step(step, healthy=True)
-    assert 3 <= len(copies) <= 10
+    return copies
+
+
+def test_copies_of_the_run_cost_at_most_a_hundredth_of_its_time() -> None:
+    """A large model: a copy takes as long as 20 steps."""
+    assert 3 <= len(copies_of_10_000_steps(lambda _: 2.0)) <= 10
+
+
+@pytest.mark.parametrize("slow", [0, 3, 20])
+def test_one_copy_that_takes_long_changes_no_step_of_the_good_states(slow: int) -> None:
+    """So equal runs go back to the same state, whatever else the machine does."""
+    usual = copies_of_10_000_steps(lambda _: 0.01)
+    assert copies_of_10_000_steps(lambda copy: 2.0 if copy == slow else 0.01) == usual
 
 
 def test_a_copy_that_waits_for_a_busy_machine_puts_no_later_one_off() -> None:

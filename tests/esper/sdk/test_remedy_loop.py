@@ -19,7 +19,7 @@ from esper import Session
 from esper.constraints.remedy_gates import BY_RULE
 from esper.contracts import RunMode, SafetyPolicy, Severity
 from esper.contracts.remedies import MARKED
-from esper.diagnosis import Diagnosis, Observation, list_rules
+from esper.diagnosis import Diagnosis, Observation, get_rule, list_rules
 from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
@@ -29,6 +29,7 @@ from esper.exceptions import GraftError
 from esper.remedies import list_remedies
 from esper.sdk.remedy_loop.doses import GENTLE
 from esper.sdk.remedy_loop.history import IN_VAIN, History
+from esper.sdk.remedy_loop.ladder import Ladder
 from esper.sdk.remedy_loop.settling import WINDOW, Settling
 from esper.sdk.remedy_loop.verdicts import WINDOW_STEPS, Verdicts
 from esper.sdk.remedy_loop.young_run import YoungRun
@@ -510,6 +511,31 @@ def test_units_that_far_too_large_updates_switched_off_are_had_again(seed: int) 
     assert first.remedy == "rewind"
     assert first.details["to_step"] == 0
     assert sum(losses[-20:]) / 20 < 0.3
+
+
+@pytest.mark.parametrize(
+    ("slug", "now"), [("dying_relu", 0.7), ("saturation", 0.5), ("vanishing_gradient", 0.5)]
+)
+def test_layers_that_far_too_large_updates_have_blocked_get_their_first_weights(
+    slug: str, now: float
+) -> None:
+    """New scales would give up as much, and leave the rate as it is."""
+    run = RunState("run", RunMode.AUTOMATIC, SafetyPolicy(), None, step=35)
+    run.losses.extend(enumerate([*[1.1] * 5, *[0.4] * 10, *[now] * 20], 1))
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.3)
+    watch: Any = SimpleNamespace(
+        update_excess=2 * EXCESSIVE, guessing_loss=math.log(3), optimizers=(optimizer,)
+    )
+    watch.diagnosis = SimpleNamespace(open=())
+    history = History()
+    ladder = Ladder(run, watch, history, YoungRun(run, watch, history))
+    rule = get_rule(slug)
+    found: Any = SimpleNamespace(
+        rule=rule, remedies=rule.remedies, severity=rule.severity, since_step=50
+    )
+    assert ladder.order(found)[0] == "rewind"
+    watch.update_excess = 1.0
+    assert ladder.order(found)[0] != "rewind"
 
 
 @pytest.mark.parametrize("last", [0.3, 2.2])
