@@ -10,6 +10,33 @@ from __future__ import annotations
 from django.utils.translation import gettext_noop as _
 
 RULES = (
+    _("the loss reads an output of %(shape)s in a view that mixes its axes"),
+    _("classes that lie on one axis of the output"),
+    _(
+        "the softmax of an output of %(shape)s is over axis %(axis)s, and the loss chooses "
+        "among the elements of axis %(other)s"
+    ),
+    _("a softmax over axis %(axis)s"),
+    _(
+        "Bring the axis of the classes to its place with permute or transpose: view and "
+        "reshape keep the order of the elements and mix the axes. Let the softmax be over the "
+        "axis of the classes: the second for cross_entropy and nll_loss."
+    ),
+    _(
+        "the mask hides %(places)s places with %(tokens)s different tokens, and what is left "
+        "to read is %(read)s token"
+    ),
+    _("a mask that hides the padding alone"),
+    _(
+        "Invert the mask: key_padding_mask of torch is True where a token is padding, and "
+        "attention_mask of transformers is 1 where it is none."
+    ),
+    _("%(count)s batch norms are in evaluation mode and have seen no batch, %(layer)s first"),
+    _("statistics of the data, or training mode"),
+    _(
+        "Leave the norm in training mode until it has seen the data, or load trained weights "
+        "before it is frozen."
+    ),
     _(
         "the outputs of a batch differ by %(spread)s of their size, at first by %(first)s, and an "
         "update was %(excess)s times as large as a sound one"

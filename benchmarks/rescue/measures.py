@@ -159,6 +159,9 @@ LABELS: dict[str, frozenset[str]] = {
     "posterior_collapse": frozenset({"loss"}),
     "sees_ahead": frozenset({"layers"}),
     "single_unit": frozenset({"layers"}),
+    "classes_on_other_axis": frozenset({"activation", "loss"}),
+    "mask_inverted": frozenset({"preprocessing"}),
+    "norm_without_statistics": frozenset({"layers"}),
 }
 
 

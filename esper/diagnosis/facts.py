@@ -114,6 +114,17 @@ class Ahead(NamedTuple):
 UNSEEN = Ahead()
 
 
+class Masked(NamedTuple):
+    """What attention reads of the tokens, in the sampled places."""
+
+    places: int = 0  # that it does not read
+    tokens: int = 0  # different ones in these places
+    read: int = 0  # different ones in the places that it reads
+
+
+UNMASKED = Masked()
+
+
 class ClassWeight(NamedTuple):
     """What the loss multiplies the rows of one class by, in the sampled rows."""
 
@@ -134,6 +145,10 @@ class ModelPass:
         output_end: name of the function that computed the output, such as ``SoftmaxBackward0``.
         softmax_axis: over which axis of the output a softmax was its last function; None: over
             none that is known.
+        class_axes: the axes of the output along which the loss chooses among classes, as its
+            gradient shows; empty: none is known.
+        mixes_axes: the loss chooses among the classes of a view of the output whose rows hold
+            elements of several of its rows.
         row_sum: mean of the sums of the output's rows; NaN unknown.
         output_low, output_high: smallest and largest sampled element of the output.
         output_spread: largest difference between two rows, relative to the output's size.
@@ -157,6 +172,7 @@ class ModelPass:
             later, in all sampled rows; -1: they are not, or nobody knows.
         ahead: whether its outputs at the first place depend on later tokens, where it predicts the
             next one.
+        masked: what a mask of padding hides; none: no mask was seen.
         layers: in the order of execution.
     """
 
@@ -167,6 +183,8 @@ class ModelPass:
     output_shape: tuple[int, ...] = ()
     output_end: str = ""
     softmax_axis: int | None = None
+    class_axes: tuple[int, ...] = ()
+    mixes_axes: bool = False
     row_sum: float = math.nan
     output_low: float = math.nan
     output_high: float = math.nan
@@ -184,6 +202,7 @@ class ModelPass:
     answered_share: float = math.nan
     lag: int = -1
     ahead: Ahead = UNSEEN
+    masked: Masked = UNMASKED
     gradient_square: float = math.nan
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.diagnosis.facts import LayerPass, ModelPass
-from esper.diagnosis.output_gradient import CLOSE, with_loss
+from esper.diagnosis.output_gradient import CLOSE, ELEMENTS, class_axes, with_loss
 from esper.diagnosis.samples import is_readable, plain_kind_of, rows_of
 from esper.diagnosis.sequences import (
     PLACES,
@@ -30,7 +30,9 @@ from esper.diagnosis.sequences import (
     are_tokens,
     beside,
     classes_of,
+    hidden_by,
     lag_of,
+    masked_of,
 )
 from esper.grafting.compiled import Compilation, anything_was_compiled
 from esper.grafting.hooks import PassingHook, register_alike
@@ -82,6 +84,10 @@ class ForwardProbe:
         self._gradient: Tensor | None = None
         self._tokens: Tensor | None = None
         self._targets: Tensor | None = None
+        self._class_axes: Tensor | None = None
+        self._knows_axes = False
+        self._hides: Tensor | None = None  # bool: the places that attention does not read
+        self._masked: Tensor | None = None
         self._form: tuple[int, ...] = ()  # of the tokens
         self._firsts: list[FirstPlaces] = []
         self._first_places: Tensor | None = None
@@ -97,6 +103,7 @@ class ForwardProbe:
         self._layers, self._input, self._output, self._gradient = {}, None, None, None
         self._linear, self._follows, self._values = {}, {}, {}
         self._end, self._axis, self._tokens, self._targets = "", None, None, None
+        self._class_axes = self._hides = self._masked = None
         self._firsts, self._first_places, self._random = [], None, None
         for name, module in layer_modules(self._model).items():
             self._register(name, module, partial(self._see_layer, name))
@@ -139,6 +146,7 @@ class ForwardProbe:
         sent = {
             "input": self._input, "output": self._output, "gradient": self._gradient,
             "tokens": self._tokens, "targets": self._targets, "first": self._first_places,
+            "class axes": self._class_axes, "masked": self._masked,
         }  # fmt: skip
         forms = {name: tensor.shape for name, tensor in sent.items() if tensor is not None}
         for name in forms:
@@ -164,6 +172,8 @@ class ForwardProbe:
             return
         if not self._layers and isinstance(module, nn.Embedding):
             self._random = _generator_state(y.device)
+        if self._hides is None and isinstance(module, nn.MultiheadAttention):
+            self._hides = hidden_by(kwargs)
         numbers = _input_numbers(x) if is_readable(x) else _unknown_numbers(y)
         std = rows_of(y).std(correction=0).reshape(1)
         joined = torch.cat([numbers.to(y.device, non_blocking=True), std])
@@ -184,6 +194,9 @@ class ForwardProbe:
         x, y = first_tensor((*args, *kwargs.values())), output_of(output)
         if x is not None and is_readable(x):
             self._input = rows_of(x).clone()
+        hides = hidden_by(kwargs) if self._hides is None else self._hides
+        if x is not None and hides is not None and are_tokens(x) and hides.shape == x.shape:
+            self._masked = torch.stack([x.flatten()[:TOKENS], hides.flatten()[:TOKENS]]).float()
         if y is None or not is_readable(y) or not y.requires_grad or not y.ndim:
             return
         self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
@@ -215,6 +228,7 @@ class ForwardProbe:
     def _see_gradient(self, gradient: Tensor) -> None:
         if self._gradient is None and is_readable(gradient):
             self._gradient = rows_of(gradient.detach()).clone()
+            self._see_axes(gradient)
             if self._tokens is not None:
                 gradient = gradient.detach()
                 self._targets = classes_of(gradient.flatten(0, -2)[:PLACES])
@@ -224,6 +238,13 @@ class ForwardProbe:
                     self._first_places = torch.nn.utils.rnn.pad_sequence(
                         [numbers_4B.T for numbers_4B in found], padding_value=-1.0
                     ).permute(1, 2, 0)
+
+    def _see_axes(self, gradient: Tensor) -> None:
+        """Once: a script does not change how it reads the output."""
+        if not self._knows_axes and gradient.ndim >= 3 and gradient.dtype is torch.float32:
+            self._knows_axes = True
+            if 0 < gradient[0].numel() <= ELEMENTS:
+                self._class_axes = class_axes(gradient).float()
 
 
 def _keeps_a_state(module: nn.Module) -> bool:
@@ -331,6 +352,12 @@ def _model_pass(
         seen = replace(seen, input_rms=rms, input_finite=finite)
     if "output" in host:
         seen = _with_output(seen, host["output"], output_shape, host.get("gradient"))
+    if "class axes" in host:
+        *own, mixed = host["class axes"].bool().tolist()
+        found = tuple(axis for axis, chooses in enumerate(own, 1) if chooses)
+        seen = replace(seen, class_axes=found, mixes_axes=mixed)
+    if "masked" in host:
+        seen = replace(seen, masked=masked_of(host["masked"]))
     if "targets" in host:
         tokens, targets = host["tokens"].long(), host["targets"].long()
         lag, axis = lag_of(tokens, targets, tokens_form)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.diagnosis.facts import Modes
+from esper.diagnosis.samples import is_readable
 from esper.grafting.hooks import PassingHook
 from esper.health.transfers import is_late
 
@@ -33,6 +34,7 @@ class ModesProbe:
         self._batches = int(self._counter) if self._counter is not None else 0
         self._updates = 0
         self._usual = 0
+        self._blank: list[tuple[str, nn.Module]] = []
         self.facts = Modes()
 
     def on_update(self, step: int) -> None:
@@ -41,6 +43,9 @@ class ModesProbe:
         if not self._seen_update:
             self._seen_update = True
             self._modules = self._of_learning_parts()
+            self._blank = self._set_alone_and_blank()
+        elif self._blank:
+            self._blank = [(name, m) for name, m in self._blank if self._is_set_alone(m)]
         training, old = sum([module.training for module in self._modules]), self.facts
         left = 0 if training else sum(self._is_left(module) for module in self._modules)
         if training and training == old.in_training:
@@ -57,6 +62,20 @@ class ModesProbe:
             extra_steps=old.extra_steps,
             evaluated_in_training=old.evaluated_in_training,
         )
+
+    @property
+    def without_statistics(self) -> tuple[str, ...]:
+        """Batch norms that use statistics of no batch: in evaluation mode since the start."""
+        return tuple(name for name, _ in self._blank)
+
+    def _set_alone_and_blank(self) -> list[tuple[str, nn.Module]]:
+        norms = [m for m in self._modules if isinstance(m, BATCH_NORM) and self._is_set_alone(m)]
+        names = {id(module): name for name, module in self._model.named_modules()}
+        return [(names[id(m)], m) for m in norms if _has_no_statistics(m)]
+
+    def _is_set_alone(self, module: nn.Module) -> bool:
+        inside = self._inside.get(id(module))
+        return not module.training and inside is not None and inside.training
 
     def _is_left(self, module: nn.Module) -> bool:
         """In evaluation mode, and not by itself: a script that keeps its statistics on purpose sets
@@ -115,6 +134,14 @@ def _depends_on_mode(module: nn.Module) -> bool:
     if isinstance(module, _DROPOUT):
         return module.p > 0
     return isinstance(module, BATCH_NORM) and module.track_running_stats
+
+
+def _has_no_statistics(norm: nn.Module) -> bool:
+    """Its mean and variance are those with which it is made."""
+    mean, variance = norm.running_mean, norm.running_var
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or not is_readable(mean):
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
 
 
 def _learns(model: nn.Module, name: str) -> bool:

@@ -68,6 +68,8 @@ class Observation:
         gradients: readings of the gradients, the newest last.
         dropouts: (layer, probability) of each dropout that is on.
         batch_norms: (layer, momentum) of each batch norm that keeps statistics in training mode.
+        without_statistics: batch norms that were set to evaluation mode, beside parts that train,
+            before they have seen a batch.
         duplicates: pairs of names of one module that a container holds twice.
         rank_digests: one number of each rank's parameters; empty for one process.
         optimizers: how many train the model.
@@ -104,6 +106,7 @@ class Observation:
     modes: Modes = field(default_factory=Modes)
     dropouts: Sequence[tuple[str, float]] = ()
     batch_norms: Sequence[tuple[str, float]] = ()
+    without_statistics: Sequence[str] = ()
     broken: Broken = field(default_factory=Broken)
     duplicates: Sequence[tuple[str, str]] = ()
     rank_digests: Sequence[float] = ()

@@ -21,6 +21,49 @@ SPREAD = 0.05  # of the targets' probabilities, relative to their mean
 LARGEST_TARGET = 1e5  # float32 has no room for decimals of much larger numbers
 ROUND = 0.05  # of a target that somebody chose
 TARGET_ERROR = 0.05  # of a target that is computed from its gradient
+ITEMS, ELEMENTS = 4, 2**22  # of a batch, whose axes are compared
+
+
+def class_axes(gradient: Tensor) -> Tensor:
+    """Along which axes of an output a loss chooses among classes, as its gradient shows.
+
+    The gradient of a softmax and a negative log-likelihood sums to zero over the classes, and that
+    of the likelihood alone has one element there that is not zero. Where a script calls ``view`` or
+    ``reshape`` in place of ``permute``, that holds for the axis that it made, and for none of the
+    output's own.
+
+    Args:
+        gradient: of an output with a batch axis and at least two more.
+
+    Returns:
+        bool [axes + 1]: of the axes from the second on, and last: the sum is zero over the classes
+        of a view that mixes the axes, and over none of the output's own.
+    """
+    items = min(ITEMS, ELEMENTS // max(1, gradient[0].numel()))
+    g = gradient[:items].detach().float()
+    own = [_chooses(g, axis) for axis in range(1, g.ndim)]
+    mixed = torch.zeros_like(own[0])
+    for size in sorted({size for size in g.shape[1:] if size > 1}):
+        first, last = g.reshape(len(g), size, -1), g.reshape(len(g), -1, size)
+        # An axis that holds whole groups of classes sums to zero as well, and so does a larger view
+        # of such groups.
+        fits = [
+            chooses for chooses, own_size in zip(own, g.shape[1:], strict=True) if own_size <= size
+        ]
+        is_view = _sums_to_zero(first, 1) | _sums_to_zero(last, 2)
+        mixed = mixed | (is_view & ~torch.stack(fits).any())
+    return torch.stack([*own, mixed])
+
+
+def _chooses(g: Tensor, axis: int) -> Tensor:
+    chosen = (g != 0).sum(axis)
+    one = (chosen <= 1).all() & (chosen.sum() >= SOME) & (g.shape[axis] > 1)
+    return one | (_sums_to_zero(g, axis) & (g.shape[axis] > 1))
+
+
+def _sums_to_zero(g: Tensor, axis: int) -> Tensor:
+    sums, sizes = g.sum(axis).abs(), g.abs().sum(axis)
+    return (sums <= CLOSE * sizes + 1e-6 * sizes.max()).all() & (sizes.max() > 0)
 
 
 def with_loss(seen: ModelPass, y_NC: Tensor, g_NC: Tensor, shape: tuple[int, ...]) -> ModelPass:

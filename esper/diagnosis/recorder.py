@@ -132,6 +132,11 @@ class Recorder:
             if module.training and module.track_running_stats and module.momentum is not None
         )
 
+    @property
+    def without_statistics(self) -> tuple[str, ...]:
+        """Batch norms that are in evaluation mode and have seen no batch."""
+        return self._modes.without_statistics
+
     def on_step(self, step: int) -> bool:
         """A step of the session is over; True where the run was measured in it."""
         started = self._cost_clock()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.diagnosis.facts import Ahead
+from esper.diagnosis.facts import Ahead, Masked
 from esper.grafting.slot import is_transformed
 
 PLACES = 64  # whose targets are compared with the input
@@ -67,6 +67,29 @@ class FirstPlaces:
         for known in self._known:
             target_B = torch.where(known, target_B, -1)
         return torch.stack([x_B.float(), target_B.float(), loss_B, distance_B])
+
+
+def hidden_by(arguments: Mapping[str, Any]) -> Tensor | None:
+    """bool [B, T]: the places that a mask of padding hides, by what its name means in the field.
+
+    ``key_padding_mask`` of torch is true there, or below zero; the ``attention_mask`` of
+    transformers is zero there.
+    """
+    for name in ("key_padding_mask", "src_key_padding_mask", "attention_mask"):
+        mask = arguments.get(name)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or is_transformed(mask):
+            continue
+        if name == "attention_mask":
+            return None if mask.is_floating_point() else mask == 0
+        return mask < 0 if mask.is_floating_point() else mask.bool()
+    return None
+
+
+def masked_of(numbers_2N: Tensor) -> Masked:
+    """From the tokens, and 1 where one is hidden."""
+    tokens_N, hidden_N = numbers_2N[0], numbers_2N[1] > 0
+    hidden, read = tokens_N[hidden_N], tokens_N[~hidden_N]
+    return Masked(len(hidden), len(set(hidden.tolist())), len(set(read.tolist())))
 
 
 def ahead_of(numbers_4B: Tensor) -> Ahead:

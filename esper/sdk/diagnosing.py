@@ -289,6 +289,7 @@ class DiagnosisWatch:
             modes=recorder.modes,
             dropouts=recorder.dropouts,
             batch_norms=recorder.batch_norms,
+            without_statistics=recorder.without_statistics,
             rank_digests=self.rank_digests,
             optimizers=len(tuple(self.optimizers)),
             searches=searches(self.optimizers),

@@ -6,18 +6,19 @@ from statistics import median
 
 from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
-from esper.diagnosis.facts import ModelPass
+from esper.diagnosis.facts import LayerPass, ModelPass
 from esper.diagnosis.observation import Observation, Unknown
 
 ALIKE = 1e-3
 DIFFERENT = 0.1
-FAINT = 0.01
+FAINT, BEHIND_GATES = 0.01, 1e-4
 BLOWN_UP = 100.0
 SMALL_GAIN, LARGE_GAIN = 0.02, 8.0
 ABOVE_CHANCE, FAR_ABOVE_CHANCE = 5.0, 10.0
 LEARNED = 0.7
 ROUNDING = 5e-7
 WAITS, GROWN = 30, 2.0
+RECURRENT = ("RNN", "LSTM", "GRU")
 
 
 class BadInitialisation(Rule):
@@ -37,6 +38,10 @@ class BadInitialisation(Rule):
             FAINT,
             "std",
             "chosen on seeds 0 to 9",
+        ),
+        Threshold(
+            "the same, of a recurrent layer and one more", BEHIND_GATES, "std",
+            "chosen: gates of usual weights let 0.003 through",
         ),
         Threshold(
             "std of the last layer's input / the first's, and absolute",
@@ -109,7 +114,7 @@ def _left(seen: ModelPass) -> float:
 
 def _spread(seen: ModelPass) -> Evidence | None:
     passes = [p for p in seen.layers if not math.isnan(p.input_spread)]
-    if len(passes) < 3 or passes[0].input_spread < DIFFERENT:
+    if not _is_deep(passes) or passes[0].input_spread < DIFFERENT:
         return None
     last = passes[-1]
     if last.input_spread >= ALIKE:
@@ -129,18 +134,24 @@ def _spread(seen: ModelPass) -> Evidence | None:
     )
 
 
+def _is_deep(passes: list[LayerPass]) -> bool:
+    """A recurrent layer is as many as the sequence has steps."""
+    return len(passes) >= 3 or any(p.kind in RECURRENT for p in passes[:-1])
+
+
 def _faint(seen: ModelPass) -> Evidence | None:
     """Without a bias or a norm, a signal that shrinks from layer to layer still has its spread."""
     passes = [p for p in seen.layers if p.input_std > 0]
-    if len(passes) < 3:
+    if not _is_deep(passes):
         return None
     first, last = passes[0], passes[-1]
-    if last.input_std >= FAINT * min(1.0, first.input_std):
+    least = FAINT if len(passes) >= 3 else BEHIND_GATES
+    if last.input_std >= least * min(1.0, first.input_std):
         return None
     return Evidence(
         observed=f"the standard deviation of what enters {last.layer} is {last.input_std:.1e}, and "
         f"that of the input is {first.input_std:.2g}",
-        limit=f"at least {FAINT:g}, and {FAINT:g} of the input's",
+        limit=f"at least {least:g}, and {least:g} of the input's",
         signal="activation",
         value=last.input_std,
         began_at=first.layer,
@@ -151,8 +162,7 @@ def _faint(seen: ModelPass) -> Evidence | None:
 def _blown_up(seen: ModelPass) -> Evidence | None:
     """The signal grows from layer to layer; the first gradients grow as much."""
     passes = [p for p in seen.layers if p.input_std > 0]
-    # A recurrent layer is as many as the sequence has steps.
-    if len(passes) < 3 and not any(p.kind == "RNN" for p in passes[:-1]):
+    if not _is_deep(passes):
         return None
     first, last = passes[0], passes[-1]
     if last.input_std <= BLOWN_UP * max(1.0, first.input_std):

@@ -13,7 +13,7 @@ LOW, LOW_OF_ADAPTIVE = 1e-5, 1e-4
 RECENT = 0.5
 SCHEDULED = 0.3
 UNLEARNED = 0.95
-LONG_WARM_UP = 300
+LONG_WARM_UP, WARM_UP, DOUBLED = 300, 100, 2.0
 FEWEST_LOSSES, LEVEL_LOSSES = 20, 50
 _WARMS_UP = (
     "The learning rate still rises: shorten its warm-up, such as warmup_steps of a transformers "
@@ -24,6 +24,12 @@ _DECAYS = (
     "for what makes the gradients so small: a clipping to a tiny norm, or a loss that is divided "
     "twice."
 )
+
+
+def _warm_up(observation: Observation) -> int:
+    """Steps in which the rate may rise."""
+    known = [rate for _, rate in observation.rates if math.isfinite(rate)]
+    return WARM_UP if known[-1] < DOUBLED * known[0] else LONG_WARM_UP
 
 
 class UpdateRatioLow(Rule):
@@ -49,6 +55,11 @@ class UpdateRatioLow(Rule):
             "steps of a rate that still rises", LONG_WARM_UP, "steps",
             "chosen: a warm-up of 10,000 steps to updates of 0.001 passes 1e-5 at step 100",
         ),
+        Threshold(
+            "the same, of a rate that has hardly risen", WARM_UP, "steps",
+            "chosen: to bring such updates to 0.001 it has to rise 100-fold",
+        ),
+        Threshold("rate / the first one, of such a rate", DOUBLED, "ratio", "chosen"),
         Threshold("loss / first loss", UNLEARNED, "ratio", "below it the run learns"),
         Threshold(
             "first losses / that of guessing", CAME_TRAINED, "ratio",
@@ -84,7 +95,7 @@ class UpdateRatioLow(Rule):
         memory.notes["step"] = step
         if observation.searches or observation.estimates_rate:
             raise Unknown("the optimizer finds the size of its updates by itself")
-        if observation.is_warming_up and observation.step < LONG_WARM_UP:
+        if observation.is_warming_up and observation.step < _warm_up(observation):
             raise Unknown("the learning rate still rises")
         ratio = max(ratio for _, ratio in ratios[-math.ceil(RECENT * len(ratios)) :])
         if ratio == 0:

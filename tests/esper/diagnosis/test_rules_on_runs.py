@@ -235,6 +235,22 @@ CASES = [
     Case(
         "frozen_part", lambda: Run(with_empty_layer(True)), lambda: Run(with_empty_layer(False)), 1
     ),
+    Case(
+        "update_ratio_high",
+        lambda: Run(optimizer=lambda m: torch.optim.Adagrad(m.parameters(), 5.0)),
+        lambda: Run(optimizer=lambda m: torch.optim.Adagrad(m.parameters(), 0.05)),
+        2,
+    ),
+    Case(
+        "update_ratio_high",
+        lambda: Run(
+            deep(2, nn.ReLU, 64, 64, 10), optimizer=lambda m: torch.optim.SGD(m.parameters(), 5.0)
+        ),
+        lambda: Run(
+            deep(2, nn.ReLU, 64, 64, 10), optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1)
+        ),
+        10,
+    ),
     Case("update_ratio_high", lambda: never_learns(0.3), lambda: never_learns(0.01), 60),
     Case(
         "update_ratio_high", lambda: forgets_its_inputs(0.05), lambda: forgets_its_inputs(3e-3), 60
@@ -263,6 +279,15 @@ CASES = [
         lambda: Run(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e-5)),
         lambda: Run(optimizer=sgd),
         60,
+    ),
+    Case(
+        "update_ratio_low",
+        lambda: Run(optimizer=sgd, schedule=lambda step: 1e-5 * (1 + step / 1e5), steps=160),
+        lambda: Run(optimizer=sgd, schedule=lambda step: min(1.0, step / 1e4), steps=160),
+        150,
+    ),
+    Case(
+        "bad_initialisation", lambda: Run(Recurrent(-10.0)), lambda: Run(Recurrent(0.0)), 1, "lstm"
     ),
     Case(
         "slow_convergence",
@@ -1047,6 +1072,19 @@ def test_a_model_that_copies_its_input_at_once_is_told() -> None:
     assert result.first("targets_shifted").severity is Severity.CAUTION
 
 
+class Recurrent(nn.Module):
+    """Reads an image row by row, with gates that begin open or shut."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
+        nn.init.constant_(self.lstm.bias_ih_l0, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(x.view(-1, 8, 8))[0][:, -1])
+        return out
+
+
 class Attending(nn.Module):
     """Logits of the next token, by one layer of attention."""
 
@@ -1138,6 +1176,90 @@ def test_what_a_model_reads_beside_its_tokens_is_no_later_token(
         found = {f.slug for f in session.findings()}
     assert ("sees_ahead" in found) is told
     assert "targets_shifted" not in found
+
+
+@pytest.mark.parametrize(
+    ("read", "told"),
+    [
+        ("transposed", False),
+        ("rows", False),
+        ("viewed", True),
+        ("unsorted rows", True),
+        ("softmax over height", True),
+        ("softmax over classes", False),
+        ("double softmax", False),
+    ],
+)
+def test_a_loss_that_reads_its_classes_from_another_axis_is_told(read: str, told: bool) -> None:
+    torch.manual_seed(0)
+    axis = {"softmax over height": 2, "softmax over classes": 1, "double softmax": 1}.get(read)
+    parts = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)]
+    model = nn.Sequential(*parts, *([nn.Softmax(axis)] if axis else []))
+    x = torch.rand(8, 1, 6, 6)
+    target = (3 * x[:, 0]).long()
+
+    def loss(y: Tensor) -> Tensor:
+        if read == "viewed":
+            return F.cross_entropy(y.reshape(8, 6, 3, 6), (6 * x[:, 0, :3]).long())
+        if read == "unsorted rows":
+            return F.cross_entropy(y.reshape(-1, 3), target.flatten())
+        if read == "rows":
+            return F.cross_entropy(y.permute(0, 2, 3, 1).reshape(-1, 3), target.flatten())
+        if axis and read != "double softmax":
+            return F.nll_loss((y + 1e-8).log(), target)
+        return F.cross_entropy(y, target)
+
+    optimizer = adam(model)
+    with esper.attach(model, optimizer, mode="observe", server="", verbose=False) as session:
+        made = loss(model(x))
+        torch.autograd.backward(made)
+        optimizer.step()
+        session.step(made)
+        found = {f.slug: f.severity for f in session.findings()}
+    assert found.get("classes_on_other_axis") is (Severity.SERIOUS if told else None)
+
+
+class Encoding(nn.Module):
+    """A class for each padded sequence, by one layer of attention."""
+
+    def __init__(self, hides: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head, self.hides = nn.Linear(16, 2), hides
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, padding = self.table(tokens), tokens == 0
+        hidden = {"padding": padding, "tokens": ~padding, "nothing": None}[self.hides]
+        y = self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+        out: Tensor = self.head(y.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("hides", ["padding", "tokens", "nothing"])
+def test_a_mask_that_hides_the_tokens_and_not_the_padding_is_told(hides: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 8, (16, 12))
+    tokens[torch.arange(12) >= torch.randint(2, 11, (16, 1))] = 0
+    labels = (tokens == 3).any(1).long()
+    found = Run(Encoding(hides), (tokens, labels), steps=1, batch=16).go().steps  # type: ignore[arg-type]
+    assert ("mask_inverted" in found) is (hides == "tokens")
+
+
+@pytest.mark.parametrize(
+    ("frozen", "told"), [("at birth", True), ("trained", False), ("with all", False), ("", False)]
+)
+def test_a_batch_norm_that_is_frozen_without_statistics_is_told(frozen: str, told: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    if frozen == "trained":
+        model(digits()[0])
+
+    def freeze(run: Run, step: int) -> None:
+        (model if frozen == "with all" else model[1]).train(not frozen)
+
+    found = Run(model, before=freeze, steps=1).go().steps
+    assert ("norm_without_statistics" in found) is told
 
 
 @pytest.mark.parametrize("knows", [False, True])
