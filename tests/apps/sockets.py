@@ -112,7 +112,7 @@ class Vanishing:
     async def receive(self) -> dict[str, Any]:
         if self.incoming:
             return self.incoming.pop(0)
-        await asyncio.sleep(5)
+        await asyncio.sleep(300)
         raise TimeoutError("the application waits for more than the failed send")
 
     async def send(self, message: dict[str, Any]) -> None:

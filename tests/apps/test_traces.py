@@ -236,7 +236,7 @@ def test_a_broken_collector_delays_and_breaks_nothing(
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             if broken == "hanging":
-                release.wait(60)
+                release.wait(600)
             self.send_error(503)
 
         def log_message(self, *_: object) -> None:
@@ -259,5 +259,5 @@ def test_a_broken_collector_delays_and_breaks_nothing(
             tracing.stop()
             ended = time.monotonic()
             release.set()
-    assert ended - begun < 30  # of the 60 that the collector lets wait
+    assert ended - begun < 300  # of the 600 that the collector lets wait
     assert random.getstate() == before  # a training script's own numbers are not drawn from

@@ -164,7 +164,7 @@ def test_up_tells_its_options_before_it_installs_anything(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     told = subprocess.run(
-        [tmp_path / "up", "--help"], capture_output=True, text=True, check=True, timeout=20
+        [tmp_path / "up", "--help"], capture_output=True, text=True, check=True, timeout=600
     ).stdout
     known = CliRunner().invoke(cli, ["up", "--help"], prog_name="esper").output
     assert told.split() == known.replace("Usage: esper up", "Usage: ./up", 1).split()

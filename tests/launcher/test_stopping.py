@@ -138,6 +138,6 @@ def test_an_interrupt_before_signals_are_handled_prints_nothing() -> None:
         "runpy.run_module('launcher', run_name='__main__')"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=60
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=600
     )
     assert (answer.returncode, answer.stdout, answer.stderr) == (INTERRUPTED, b"", b"")

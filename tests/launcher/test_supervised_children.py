@@ -57,7 +57,7 @@ async def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
 async def test_a_killed_service_comes_back_and_it_is_said_aloud(
     output: Output, screen: io.StringIO
 ) -> None:
-    child = Child(spec("clock", "import time; time.sleep(60)"), output, quick())
+    child = Child(spec("clock", "import time; time.sleep(900)"), output, quick())
     task = asyncio.create_task(child.keep_running())
     await until(lambda: child.pid is not None)
     first = child.pid
@@ -80,7 +80,7 @@ if not pathlib.Path({str(table)!r}).exists():
     print("no such table")
     raise SystemExit(3)
 print("serving")
-time.sleep(60)
+time.sleep(900)
 """
     seen: list[bool] = []
     child = Child(
@@ -157,7 +157,7 @@ async def test_a_child_that_ignores_the_signal_is_killed_with_its_own_children(
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("grandchild", os.fork() or os.getpid())
-time.sleep(60)
+time.sleep(900)
 """
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
     stubborn = spec("stubborn", program, stop_seconds=0.3)
@@ -178,7 +178,7 @@ async def test_children_are_stopped_in_the_stated_order(
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("bye"), sys.exit(0)))
 print("up")
-time.sleep(60)
+time.sleep(900)
 """
     children = Children(output)
     names = {"valkey": 3, "web": 2, "worker": 1, "beat": 0}
@@ -198,7 +198,7 @@ async def test_the_start_waits_until_a_child_answers(output: Output, tmp_path: P
 
     program = (
         "import pathlib, time; time.sleep(0.3); "
-        f"pathlib.Path({str(flag)!r}).touch(); time.sleep(60)"
+        f"pathlib.Path({str(flag)!r}).touch(); time.sleep(900)"
     )
     children = Children(output)
     await children.start([spec("web", program, ready=is_ready)])
@@ -217,7 +217,7 @@ async def test_a_child_that_never_answers_stops_the_start_with_its_last_lines(
     children = Children(output)
     with pytest.raises(StartError, match=r"web does not start(.|\n)*cannot bind"):
         await children.start(
-            [spec("web", "print('cannot bind'); import time; time.sleep(60)", ready=never)]
+            [spec("web", "print('cannot bind'); import time; time.sleep(900)", ready=never)]
         )
     await children.stop()
 
@@ -232,7 +232,7 @@ async def test_a_child_that_is_down_leaves_the_others_alone_but_stops_the_first_
 
     children = Children(output)
     crash = "raise SystemExit(1)"
-    await children.start([spec("worker", "import time; time.sleep(60)"), spec("demo", crash)])
+    await children.start([spec("worker", "import time; time.sleep(900)"), spec("demo", crash)])
     before = children.pids()["worker"]
     await until(lambda: "demo" in children.down())
     assert children.pids()["worker"] == before
@@ -245,7 +245,7 @@ async def test_a_full_disk_ends_no_task_and_the_log_goes_on_when_there_is_space(
     small_disk: Path, screen: io.StringIO
 ) -> None:
     """The child prints more than a pipe holds: it goes on only while its pipe is drained."""
-    program = "import sys, time\nfor n in range(3000): print(n, 'x' * 60)\ntime.sleep(60)"
+    program = "import sys, time\nfor n in range(3000): print(n, 'x' * 60)\ntime.sleep(900)"
     output = Output(small_disk / "log", stream=screen)
     children = Children(output)
     filler = small_disk / "filler"
@@ -273,7 +273,7 @@ import asyncio, os, sys
 from pathlib import Path
 from launcher.supervisor.child import Child, ChildSpec
 from launcher.supervisor.output import Output
-child = ChildSpec(name="sleeper", argv=(sys.executable, "-S", "-c", "import time; time.sleep(60)"),
+child = ChildSpec(name="sleeper", argv=(sys.executable, "-S", "-c", "import time; time.sleep(900)"),
                   env={{**os.environ, "{MARK}": "{mark}"}})
 asyncio.run(Child(child, Output(Path({str(tmp_path)!r}))).keep_running())
 """
@@ -290,7 +290,7 @@ asyncio.run(Child(child, Output(Path({str(tmp_path)!r}))).keep_running())
 async def test_what_was_left_behind_is_found_by_its_mark_and_ended() -> None:
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-S", "-c", "import time; time.sleep(60)", env={**os.environ, MARK: mark}
+        sys.executable, "-S", "-c", "import time; time.sleep(900)", env={**os.environ, MARK: mark}
     )
     await until(lambda: marked_processes(mark) == [process.pid])
     waiting = asyncio.create_task(process.wait())
@@ -365,7 +365,7 @@ if os.fork():
 else:
     os.setsid()
     os.close(left)
-    time.sleep(60)
+    time.sleep(900)
 """
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
     parent = spec("parent", program, restart=Restart.ON_FAILURE)

@@ -48,7 +48,7 @@ class BadNetwork:
 
     def start(self) -> None:
         self._thread.start()
-        assert self._started.wait(60)
+        assert self._started.wait(300)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -30,7 +30,7 @@ def answers_at_once(work: Callable[[int], Answer], threads: int = THREADS) -> li
     for thread in started:
         thread.start()
     for thread in started:
-        thread.join(60)
+        thread.join(600)
     assert len(answers) == threads
     return answers
 

@@ -64,7 +64,7 @@ def live_worker(name: str = "compile@here", capability: str = "cpu", **changes: 
 
 @pytest.fixture(scope="module")
 def odd_pool() -> Iterator[BuilderPool]:
-    pool = BuilderPool(BuildLimits(4.0, 512), size=2, argv=ODD)
+    pool = BuilderPool(BuildLimits(300.0, 512), size=2, argv=ODD)
     yield pool
     pool.close()
 
@@ -314,7 +314,7 @@ def test_a_process_does_not_fork_while_its_heartbeat_has_the_database_open() -> 
             assert not forked.wait(0.5)
 
     def fork() -> None:
-        inside.wait(5)
+        assert inside.wait(300)
         child = os.fork()
         if not child:
             os._exit(0)

@@ -106,7 +106,7 @@ def test_a_forgotten_snapshot_is_freed_and_its_digest_stays() -> None:
     value = weakref.ref(receipt._snapshot.tensors[0].value)
     step(model, optimizer, session)
     assert session.undo(receipt).digest == before == receipt.digest_before
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 600.0
     while value() is not None and time.monotonic() < deadline:
         gc.collect()  # the thread that computed the digest may end a little later
     assert value() is None

@@ -201,7 +201,7 @@ def test_threads_and_several_passes_before_backward_keep_their_inputs_apart() ->
     meeting = threading.Barrier(2)
 
     def meet(*_: Any) -> None:
-        meeting.wait(60)
+        meeting.wait(600)
 
     model.fc2.register_forward_pre_hook(meet)
     found: dict[int, Tensor] = {}

@@ -112,7 +112,7 @@ class ControlPlane:
         if self._server is None or self._thread is None:
             return
         self._server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(300)
         self._server = None
 
     def command(self, kind: CommandKind, seq: int, **fields: Any) -> Command:
@@ -121,7 +121,7 @@ class ControlPlane:
             "run": self.uid,
             "epoch": self.epoch,
             "issued_at": now,
-            "expires_at": now + 30,
+            "expires_at": now + 600,
             **fields,
         }
         return Command(kind=kind, seq=seq, **given)
