@@ -33,6 +33,7 @@ from apps.violations.models import Violation
 from esper.contracts import SIGNAL_NOTES, AdaptationState, RejectReason, Signal
 
 _A = AdaptationState
+EVENTS = ("adaptation", "run.command", "switch", "freeze", "remedy", "kernel")
 
 
 @page
@@ -52,92 +53,112 @@ def adaptation(request: HttpRequest, uid: str) -> HttpResponse:
 
 
 def _adaptation_panels(user: User, found: Adaptation) -> list[Panel]:
-    events = ("adaptation", "run.command", "switch", "freeze", "remedy", "kernel")
-
-    pending = found.state == AdaptationState.AWAITING_APPROVAL
-
-    def part(
-        name: str,
-        title: str,
-        build: Callable[[], dict[str, Any]] = dict,
-        every: int = 0,
-        *,
-        fold: bool = False,
-        template: str = "",
-    ) -> Panel:
-        path = f"console/adaptation/{template or name}.html"
-        return Panel(name, title, path, build, events, every, fold)
-
-    def evidence() -> dict[str, Any]:
-        now = adaptations.evidence_now(found)
-        drift = adaptations.evidence_drift(found)
-        if drift is not None and math.isinf(drift):  # the loss is no longer a number
-            drift = 99.0
-        return {
-            **evidence_parts(found, now),
-            "derived": derived_numbers(found.evidence),
-            "drift": drift,
-            "drift_width": 0 if drift is None else min(100, round(100 * drift)),
-            "now_step": now.get("step"),
-            "decided": found.decided_evidence is not None,
-        }
-
-    def progress() -> dict[str, Any]:
-        events = history(found)
-        return {
-            "stages": stages(found, events),
-            "events": events,
-            "remedies": remedies_of(found),
-            "speed_up": speed_up_of(found.uid),
-        }
-
-    def change() -> dict[str, Any]:
-        policy = found.safety_policy.safety_policy()
-        return {
-            "sketch": graft_sketch(found),
-            "policy": policy,
-            "most_parameters": policy.most_added_parameters(found.run.model_parameters),
-            "record": track_record(grafts_of(found.grafted_blueprint.pk)),
-            "pause": adaptations.pause_forecast(found),
-            "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),
-        }
-
-    live = 0 if found.ended else 5
-    grafted = found.graft_step is not None
-    shown = [
-        part("head", _("Adaptation"), lambda: {"steps_ago": _steps_ago(found)}, every=live),
-        part(
-            "curves",
-            _("Around the question"),
-            lambda: {"curves": decision_curves(found)},
-            every=live,
-        ),
-        part("checks", _("Checks"), lambda: _checks(found)),
-        part("undo", _("Undo plan"), lambda: {"plan": adaptations.undo_plan(found)}, fold=pending),
-        part("progress", _("Progress and history"), progress, fold=pending),
-        part("acts", _("Your decision"), lambda: _acts(found, user), every=live),
-        part("more", _(MORE), lambda: _more(found, user) if pending else {}, fold=True),
-        # Also while it waits: an open page shows what comes of it without being loaded again.
-        part("outcome", _("Outcome"), lambda: _outcome(found), fold=pending),
-    ]
+    shown = _panels_of_all(user, found)
     if found.remedy:
-        title = _("What was found") if found.found else _("Why it was asked for")
-        return [
-            *shown,
-            part("why", title, lambda: _finding_of(found), every=live, template="finding"),
-            part("change", _("What will change"), lambda: _remedy_of(found), template="remedy"),
-        ]
-    shown += [
-        part("why", _("Why it was proposed"), lambda: reasons_context(found.reasons)),
-        part("change", _("What will change"), change),
-        part("evidence", _("Evidence: at proposal and now"), evidence, every=live),
-        part("forecast", _("If approved, if rejected"), lambda: {"expected": expected(found)}),
-        part("shadow", _("In shadow"), lambda: shadow_context(found, user), every=live),
-        part("whynot", _("Why not another blueprint"), lambda: rivals(found), fold=pending),
+        return [*shown, *_panels_of_remedy(found)]
+    return [*shown, *_panels_of_graft(user, found)]
+
+
+def _panels_of_all(user: User, found: Adaptation) -> list[Panel]:
+    live, pending = _pace(found), found.state == AdaptationState.AWAITING_APPROVAL
+    return [
+        _panel("head", _("Adaptation"), lambda: {"steps_ago": _steps_ago(found)}, live),
+        _panel("curves", _("Around the question"), lambda: _curves(found), live),
+        _panel("checks", _("Checks"), lambda: _checks(found)),
+        _panel("undo", _("Undo plan"), lambda: _undo(found), fold=pending),
+        _panel("progress", _("Progress and history"), lambda: _course(found), fold=pending),
+        _panel("acts", _("Your decision"), lambda: _acts(found, user), live),
+        _panel("more", _(MORE), lambda: _more(found, user) if pending else {}, fold=True),
+        # Also while it waits: an open page shows what comes of it without being loaded again.
+        _panel("outcome", _("Outcome"), lambda: _outcome(found), fold=pending),
     ]
-    if grafted:
-        shown.append(part("probation", _("Probation"), lambda: _probation(found), every=live))
+
+
+def _panels_of_remedy(found: Adaptation) -> list[Panel]:
+    title = _("What was found") if found.found else _("Why it was asked for")
+    return [
+        _panel("why", title, lambda: _finding_of(found), _pace(found), template="finding"),
+        _panel("change", _("What will change"), lambda: _remedy_of(found), template="remedy"),
+    ]
+
+
+def _panels_of_graft(user: User, found: Adaptation) -> list[Panel]:
+    live, pending = _pace(found), found.state == AdaptationState.AWAITING_APPROVAL
+    shown = [
+        _panel("why", _("Why it was proposed"), lambda: reasons_context(found.reasons)),
+        _panel("change", _("What will change"), lambda: _graft_of(found)),
+        _panel("evidence", _("Evidence: at proposal and now"), lambda: _evidence(found), live),
+        _panel("forecast", _("If approved, if rejected"), lambda: {"expected": expected(found)}),
+        _panel("shadow", _("In shadow"), lambda: shadow_context(found, user), live),
+        _panel("whynot", _("Why not another blueprint"), lambda: rivals(found), fold=pending),
+    ]
+    if found.graft_step is not None:
+        shown.append(_panel("probation", _("Probation"), lambda: _probation(found), live))
     return shown
+
+
+def _panel(
+    name: str,
+    title: str,
+    build: Callable[[], dict[str, Any]],
+    every: int = 0,
+    *,
+    fold: bool = False,
+    template: str = "",
+) -> Panel:
+    path = f"console/adaptation/{template or name}.html"
+    return Panel(name, title, path, build, EVENTS, every, fold)
+
+
+def _pace(found: Adaptation) -> int:
+    """Seconds between two fetches of what changes by itself."""
+    return 0 if found.ended else 5
+
+
+def _curves(found: Adaptation) -> dict[str, Any]:
+    return {"curves": decision_curves(found)}
+
+
+def _undo(found: Adaptation) -> dict[str, Any]:
+    return {"plan": adaptations.undo_plan(found)}
+
+
+def _course(found: Adaptation) -> dict[str, Any]:
+    """What has happened to it so far."""
+    events = history(found)
+    return {
+        "stages": stages(found, events),
+        "events": events,
+        "remedies": remedies_of(found),
+        "speed_up": speed_up_of(found.uid),
+    }
+
+
+def _graft_of(found: Adaptation) -> dict[str, Any]:
+    policy = found.safety_policy.safety_policy()
+    return {
+        "sketch": graft_sketch(found),
+        "policy": policy,
+        "most_parameters": policy.most_added_parameters(found.run.model_parameters),
+        "record": track_record(grafts_of(found.grafted_blueprint.pk)),
+        "pause": adaptations.pause_forecast(found),
+        "parameter_share": _share(found.forecast_parameters, found.run.model_parameters),
+    }
+
+
+def _evidence(found: Adaptation) -> dict[str, Any]:
+    now = adaptations.evidence_now(found)
+    drift = adaptations.evidence_drift(found)
+    if drift is not None and math.isinf(drift):  # the loss is no longer a number
+        drift = 99.0
+    return {
+        **evidence_parts(found, now),
+        "derived": derived_numbers(found.evidence),
+        "drift": drift,
+        "drift_width": 0 if drift is None else min(100, round(100 * drift)),
+        "now_step": now.get("step"),
+        "decided": found.decided_evidence is not None,
+    }
 
 
 def shadow_context(found: Adaptation, user: User) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 from django.db.models import OuterRef, Subquery
@@ -17,7 +17,7 @@ from django.urls import reverse
 from django.utils.translation import gettext as _
 
 from apps.accounts.models import Project, User
-from apps.accounts.policy import Act, may
+from apps.accounts.policy import Act, Permission, may
 from apps.adaptations.models import Adaptation, Remedy
 from apps.adaptations.selectors import error_budget, waiting_for_a_person
 from apps.adaptations.services import may_grant, multiplies, open_delegations, why_not_delegated
@@ -31,6 +31,7 @@ from apps.console.sentences import in_sentence, title_of
 from apps.console.status import ADAPTATION, SEVERITY, Status
 from apps.kernels.models import SpeedUp
 from apps.notifications.services import run_topic
+from apps.policies.models import PolicyVersion
 from apps.policies.services import current_policy, kill_over
 from apps.recipes.models import Launch
 from apps.recipes.selectors import (
@@ -73,117 +74,128 @@ def run(request: HttpRequest, uid: str) -> HttpResponse:
         request,
         "console/run.html",
         title=found.name,
-        panels=_run_panels(request, found),
+        panels=RunPanels(request, found).table(),
         topics=[run_topic(found.uid)],
         run=found,
         whole=lambda: {"signals": list(Signal), "held_out": held_out_name(found)},
     )
 
 
-def _run_panels(request: HttpRequest, run: Run) -> list[Panel]:
-    user = person(request)
-    only_poor = request.GET.get("layers") == "poor"
-    shown = choice(request, "show", Shown, Shown.ALL)
-    in_force = cache(lambda: current_policy(run))  # two panels of one request need them
-    changes = cache(lambda: changes_of(run))
-    offered = cache(lambda: list(KnownRemedy.objects.filter(present=True)))
+class RunPanels:
+    """The panels of one run's page, for one person."""
 
-    started_by = launch_of_run(run.uid)
-    tree = branch_tree(started_by) if started_by else []
+    def __init__(self, request: HttpRequest, run: Run) -> None:
+        self._run = run
+        self._user = person(request)
+        self._only_poor = request.GET.get("layers") == "poor"
+        self._shown = choice(request, "show", Shown, Shown.ALL)
+        self._launch = launch_of_run(run.uid)
+        self._tree = branch_tree(self._launch) if self._launch else []
 
-    def head() -> dict[str, Any]:
-        safety = in_force()
+    def table(self) -> list[Panel]:
+        """All of them, as the page has them."""
+        granted = ("delegation", "adaptation", "policy")
+        told = ("adaptation", "remedy", "violation", "kernel")
+        alone, ahead = len(self._tree) < 2, _("Approve remedies ahead")
+        return [
+            _panel("ask", _("Ask for a remedy"), self._ask, fold=True),
+            _panel("delegations", ahead, self._delegations, granted, fold=True),
+            _panel("branches", _("Branches"), self._branches, ("launch",), 30, fold=alone),
+            _panel("head", _("Run"), self._head, ("run", "switch", "adaptation"), 5),
+            _panel("timeline", _("Events"), self._timeline, told),
+            _panel("layers", _("Layers"), self._layers, ("adaptation",), 10),
+            _panel("commands", _("Commands to the trainer"), self._commands, ("run", "adaptation")),
+        ]
+
+    # Two panels of one request need each of these.
+
+    @cached_property
+    def _policy(self) -> PolicyVersion:
+        return current_policy(self._run)
+
+    @cached_property
+    def _changes(self) -> list[Adaptation]:
+        return changes_of(self._run)
+
+    @cached_property
+    def _offered(self) -> list[KnownRemedy]:
+        return list(KnownRemedy.objects.filter(present=True))
+
+    def _may(self, act: Act) -> Permission:
+        return may(self._user, act, of=self._run)
+
+    def _ask(self) -> dict[str, Any]:
+        may_change = self._run.mode != RunMode.OBSERVE
+        return {
+            "known": [known for known in self._offered if known.changes_nothing or may_change],
+            "many_layers": len(self._run.layers) > LAYERS_SHOWN,  # one list of names for all forms
+            "may_ask": self._may(Act.PROPOSE_REMEDY),
+            "may_approve": self._may(Act.APPROVE),
+        }
+
+    def _delegations(self) -> dict[str, Any]:
+        policy = self._policy.safety_policy()
+        return delegation_context(self._run, self._user, self._offered, policy)
+
+    def _branches(self) -> dict[str, Any]:
+        launch = self._launch
+        recipe = launch.recipe if launch is not None else None
+        may_start = may(self._user, Act.START_RECIPE)
+        return {
+            "tree": branch_rows(self._tree),
+            "why_not": why_no_branch(launch),
+            "recipe": recipe,
+            "up": recipe is not None and queue_is_served(host_queue(recipe.host)),
+            "states": stored_states(launch) if launch else [],
+            "parameters": [
+                (p, launch.parameters.get(p["name"], p["default"])) for p in recipe.parameters
+            ]
+            if launch and recipe
+            else [],
+            "may_branch": self._may(Act.CREATE_RUN) if may_start.allowed else may_start,
+        }
+
+    def _head(self) -> dict[str, Any]:
+        run = self._run
         return {
             "pause": pause_state(run),
             "stop": stop_command(run),
-            "launch": started_by,
+            "launch": self._launch,
             "metrics": latest_metrics(run, ("step_ms", "lr")),
-            "may_pause": may(user, Act.PAUSE_ADAPTATION, of=run),
-            "may_stop": may(user, Act.STOP_RUN, of=run),
-            "safety": safety,
-            "budget": error_budget(run, safety.safety_policy()),
-            "move_to": places_to_move(run, user) if run.ended else (),
+            "may_pause": self._may(Act.PAUSE_ADAPTATION),
+            "may_stop": self._may(Act.STOP_RUN),
+            "safety": self._policy,
+            "budget": error_budget(run, self._policy.safety_policy()),
+            "move_to": places_to_move(run, self._user) if run.ended else (),
             "waiting": waiting_of(run),
         }
 
-    def layers() -> dict[str, Any]:
-        rows = layer_rows(run, changes(), only_poor=only_poor)
+    def _timeline(self) -> dict[str, Any]:
+        return timeline(self._run, self._changes, self._shown)
+
+    def _layers(self) -> dict[str, Any]:
+        rows = layer_rows(self._run, self._changes, only_poor=self._only_poor)
         return {
             "rows": rows[:LAYERS_SHOWN],
-            "nodes": [] if only_poor else topology(run, rows),
+            "nodes": [] if self._only_poor else topology(self._run, rows),
             "shown_signals": SHOWN_SIGNALS,
-            "only_poor": only_poor,
+            "only_poor": self._only_poor,
         }
 
-    def ask() -> dict[str, Any]:
-        may_change = run.mode != RunMode.OBSERVE
-        return {
-            "known": [known for known in offered() if known.changes_nothing or may_change],
-            "many_layers": len(run.layers) > LAYERS_SHOWN,  # one list of names for all forms
-            "may_ask": may(user, Act.PROPOSE_REMEDY, of=run),
-            "may_approve": may(user, Act.APPROVE, of=run),
-        }
+    def _commands(self) -> dict[str, Any]:
+        return {"commands": commands(self._run)}
 
-    def branches() -> dict[str, Any]:
-        recipe = started_by.recipe if started_by is not None else None
-        may_start = may(user, Act.START_RECIPE)
-        return {
-            "tree": branch_rows(tree),
-            "why_not": why_no_branch(started_by),
-            "recipe": recipe,
-            "up": recipe is not None and queue_is_served(host_queue(recipe.host)),
-            "states": stored_states(started_by) if started_by else [],
-            "parameters": [
-                (p, started_by.parameters.get(p["name"], p["default"])) for p in recipe.parameters
-            ]
-            if started_by and recipe
-            else [],
-            "may_branch": may(user, Act.CREATE_RUN, of=run) if may_start.allowed else may_start,
-        }
 
-    return [
-        Panel("ask", _("Ask for a remedy"), "console/run/ask.html", ask, fold=True),
-        Panel(
-            "delegations",
-            _("Approve remedies ahead"),
-            "console/run/delegations.html",
-            lambda: delegation_context(run, user, offered(), in_force().safety_policy()),
-            ("delegation", "adaptation", "policy"),
-            fold=True,
-        ),
-        Panel(
-            "branches",
-            _("Branches"),
-            "console/run/branches.html",
-            branches,
-            ("launch",),
-            every=30,
-            fold=len(tree) < 2,
-        ),
-        Panel(
-            "head",
-            _("Run"),
-            "console/run/head.html",
-            head,
-            ("run", "switch", "adaptation"),
-            every=5,
-        ),
-        Panel(
-            "timeline",
-            _("Events"),
-            "console/run/timeline.html",
-            lambda: timeline(run, changes(), shown),
-            ("adaptation", "remedy", "violation", "kernel"),
-        ),
-        Panel("layers", _("Layers"), "console/run/layers.html", layers, ("adaptation",), every=10),
-        Panel(
-            "commands",
-            _("Commands to the trainer"),
-            "console/run/commands.html",
-            lambda: {"commands": commands(run)},
-            ("run", "adaptation"),
-        ),
-    ]
+def _panel(
+    name: str,
+    title: str,
+    build: Callable[[], dict[str, Any]],
+    events: tuple[str, ...] = (),
+    every: int = 0,
+    *,
+    fold: bool = False,
+) -> Panel:
+    return Panel(name, title, f"console/run/{name}.html", build, events, every, fold)
 
 
 @dataclass(frozen=True, slots=True)
