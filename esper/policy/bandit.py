@@ -13,7 +13,6 @@ Shape legend: A arms, D members of a context, S draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,74 +118,3 @@ class LinearBandit:
         return LinearBandit(
             self.precision, self.pull, self.noise, self.earned, self.rounds + 1, self.allowed
         )
-
-
-# -- off-policy ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Logged:
-    """One past round: what could be chosen, what was, how likely, and its reward."""
-
-    contexts: Doubles  # [A, D]
-    arm: int
-    propensity: float
-    reward: float
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """The mean reward that another policy would have had, with a 95 % interval.
-
-    Attributes:
-        cases: effective sample size (Kish 1965): few of many rounds may tell of the other policy.
-    """
-
-    mean: float
-    low: float
-    high: float
-    cases: float
-
-
-def propensities_of(policy: LinearBandit, log: Sequence[Logged], seed: int = 0) -> list[Doubles]:
-    """What a policy would have done in each round, [A + 1] each."""
-    rng = np.random.default_rng(seed)
-    return [policy.choose(entry.contexts, rng).propensities for entry in log]
-
-
-def importance(log: Sequence[Logged], wanted: Sequence[Doubles]) -> Estimate:
-    """Inverse propensity scoring, self-normalised (Swaminathan and Joachims 2015)."""
-    weights, rewards = _weights(log, wanted), np.array([entry.reward for entry in log])
-    total = float(weights.sum())
-    if not total:
-        return Estimate(math.nan, -math.inf, math.inf, 0.0)
-    mean = float(weights @ rewards) / total
-    error = math.sqrt(float((weights**2) @ (rewards - mean) ** 2)) / total
-    return _estimate(mean, error, weights)
-
-
-def doubly_robust(
-    log: Sequence[Logged], wanted: Sequence[Doubles], model: LinearBandit
-) -> Estimate:
-    """Right where the model of the reward is right, or the propensities are (Dudik et al. 2011)."""
-    weights = _weights(log, wanted)
-    values = []
-    for entry, shares, weight in zip(log, wanted, weights, strict=True):
-        predicted = np.append(entry.contexts @ model.mean, 0.0)
-        surprise = entry.reward - float(predicted[entry.arm])
-        values.append(float(shares @ predicted) + float(weight) * surprise)
-    found = np.array(values)
-    error = float(found.std(ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else math.inf
-    return _estimate(float(found.mean()), error, weights)
-
-
-def _weights(log: Sequence[Logged], wanted: Sequence[Doubles]) -> Doubles:
-    shares = [float(one[entry.arm]) for entry, one in zip(log, wanted, strict=True)]
-    propensities = np.array([entry.propensity for entry in log], dtype=np.float64)
-    return np.asarray(np.array(shares, dtype=np.float64) / propensities, dtype=np.float64)
-
-
-def _estimate(mean: float, error: float, weights: Doubles) -> Estimate:
-    squares = float((weights**2).sum())
-    cases = float(weights.sum()) ** 2 / squares if squares else 0.0
-    return Estimate(mean, mean - 1.96 * error, mean + 1.96 * error, cases)

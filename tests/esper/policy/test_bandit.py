@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.bandit import ALLOWED, kinds, measured, replayed
-from esper.policy.bandit import (
-    NOTHING,
-    LinearBandit,
-    Logged,
-    doubly_robust,
-    importance,
-    propensities_of,
-)
+from esper.policy.bandit import NOTHING, LinearBandit
 
 
 def test_its_regret_is_below_random_and_the_cheapest_and_not_above_greedy() -> None:
@@ -52,21 +45,3 @@ def test_choices_come_as_often_as_their_propensity_says() -> None:
         share = np.mean([choice.arm == arm for choice in choices])
         said = np.mean([choice.propensities[arm] for choice in choices])
         assert share == pytest.approx(said, abs=0.06)
-
-
-def test_the_past_of_one_policy_tells_the_reward_of_another() -> None:
-    rng = np.random.default_rng(2)
-    truth = np.array([0.6, -0.4, 0.1])
-    log = []
-    for _ in range(1_500):
-        arm = int(rng.integers(3))
-        reward = float(truth[arm] + rng.normal(0, 0.3))
-        log.append(Logged(np.eye(3), arm, 1 / 3, reward))
-    better = LinearBandit(np.eye(3) * 1e4, truth * 1e4)
-    wanted = propensities_of(better, log)
-
-    for found in (importance(log, wanted), doubly_robust(log, wanted, LinearBandit.new(3))):
-        assert found.low < 0.6 < found.high
-        assert 300 < found.cases < 700
-    none = [np.array([0.0, 0.0, 0.0, 1.0])] * len(log)
-    assert importance(log, none).cases == 0.0
