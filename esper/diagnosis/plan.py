@@ -7,6 +7,8 @@ can be repeated.
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 
 FIRST_STEPS = (1, 2, 3, 5, 10, 20, 30, 40, 50)
 FORWARD_STEPS = (1, 10, 30, 50)
@@ -17,6 +19,20 @@ MEASURED_AT = (50, 500, 5_000)  # where the period is set from the cost so far
 BUDGET = 0.0025  # of the time of a step
 LEAST_SECONDS_PER_STEP = 10e-6  # on short steps, where the rules cost more than that share
 LARGEST_BUDGET = 0.01
+SCHEDULING = Path("/proc/thread-self/schedstat")  # of Linux: ns on a processor, ns waiting for one
+
+
+def undisturbed_time() -> float:
+    """Seconds, monotonic, without those in which this thread waited for a processor.
+
+    Where other programs take it, a step would seem to last several times longer, so that equal runs
+    would be looked at in other steps. Elsewhere than on Linux such waits are not known, and count.
+    """
+    try:
+        waited_s = 1e-9 * int(SCHEDULING.read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        waited_s = 0.0
+    return time.perf_counter() - waited_s
 
 
 class Plan:
@@ -70,12 +86,16 @@ class Plan:
         self._largest = max(self._largest, seconds)
         self._checks += 1
 
-    def adapt(self, step: int, step_seconds: float) -> None:
-        """From the fixed steps on, sets the period from what a planned step has cost on average.
+    def adapts_at(self, step: int) -> bool:
+        """From the fixed steps on, once for each.
 
         On a GPU a planned step is over with the one after it, when its numbers have arrived.
         """
-        if not self._to_come or step < self._to_come[0]:
+        return bool(self._to_come) and step >= self._to_come[0]
+
+    def adapt(self, step: int, step_seconds: float) -> None:
+        """At such a step, sets the period from what a planned step has cost on average."""
+        if not self.adapts_at(step):
             return
         self._to_come = tuple(due for due in self._to_come if due > step)
         if self._checks < 2 or not step_seconds > 0:

@@ -24,7 +24,7 @@ from esper.diagnosis.facts import Broken, Gradients, ModelPass, Modes, TensorFac
 from esper.diagnosis.forward_probe import ForwardProbe
 from esper.diagnosis.gradient_probe import GradientProbe
 from esper.diagnosis.modes import BATCH_NORM, ModesProbe, drop_probability
-from esper.diagnosis.plan import Plan
+from esper.diagnosis.plan import Plan, undisturbed_time
 from esper.diagnosis.weights import EQUAL_ROWS, read_tensors, same_modules, still_symmetric
 from esper.diagnosis.zeroing import ZeroingProbe
 from esper.fail_closed import FailClosed
@@ -53,7 +53,8 @@ class Recorder:
         cost_clock: seconds, monotonic, of what a look takes. By default those of this thread alone:
             where other programs take the processor during a look, the next ones would come
             thousands of steps later.
-        step_clock: seconds, monotonic, of what a step takes, which may be to wait for data.
+        step_clock: seconds, monotonic, of what a step takes, which may be to wait for data, but not
+            for a processor.
 
     Attributes:
         step: steps of the session so far.
@@ -67,7 +68,7 @@ class Recorder:
         *,
         reads: bool = True,
         cost_clock: Callable[[], float] = time.thread_time,
-        step_clock: Callable[[], float] = time.perf_counter,
+        step_clock: Callable[[], float] = undisturbed_time,
         compilation: Compilation | None = None,
     ) -> None:
         self._model = model
@@ -177,7 +178,7 @@ class Recorder:
         """What the rules have cost in a measured step."""
         self.plan.add(seconds + self._seconds)
         self._seconds = 0.0
-        if self.step > 1:
+        if self.step > 1 and self.plan.adapts_at(self.step):
             typical = (self._step_clock() - self._first_time) / (self.step - 1)
             self.plan.adapt(self.step, typical)
 

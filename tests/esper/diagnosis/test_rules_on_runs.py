@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from esper.diagnosis import forward_probe
 from esper.diagnosis.base import Memory
 from esper.diagnosis.facts import LossKind, ModelPass
 from esper.diagnosis.observation import Observation
-from esper.diagnosis.plan import Plan
+from esper.diagnosis.plan import Plan, undisturbed_time
 from esper.diagnosis.recorder import Recorder
 from esper.diagnosis.rules.imbalanced_classes import ImbalancedClasses
 from esper.diagnosis.rules.sees_ahead import SeesAhead
@@ -858,6 +861,37 @@ def test_a_step_that_waits_for_its_data_is_as_long_as_it_lasts() -> None:
         if recorder.on_step(step):
             recorder.spend(0.03)
     assert recorder.plan.period == 50
+
+
+def test_a_busy_machine_changes_no_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each step of 1 ms waits so long for a processor that other programs have."""
+
+    def period(waits_s: float) -> int:
+        passed, waited = 0.0, tmp_path / "schedstat"
+        monkeypatch.setattr("esper.diagnosis.plan.SCHEDULING", waited)
+        monkeypatch.setattr(
+            "esper.diagnosis.plan.time", SimpleNamespace(perf_counter=lambda: passed)
+        )
+        recorder = Recorder(perceptron(), [], FailClosed(), cost_clock=lambda: 0.0)
+        for step in range(1, 52):
+            passed += 0.001 + waits_s
+            waited.write_text(f"7 {round(1e9 * waits_s * step)} {step}\n")
+            if recorder.on_step(step):
+                recorder.spend(0.003)
+        return recorder.plan.period
+
+    assert period(0.02) == period(0.0) == 400
+
+
+@pytest.mark.parametrize("said", [None, "", "7 a 1"])
+def test_where_the_waits_for_a_processor_are_not_known_they_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str | None
+) -> None:
+    monkeypatch.setattr("esper.diagnosis.plan.SCHEDULING", tmp_path / "schedstat")
+    if said is not None:
+        (tmp_path / "schedstat").write_text(said)
+    before = time.perf_counter()
+    assert before <= undisturbed_time() <= time.perf_counter()
 
 
 @pytest.mark.parametrize("offset", [math.inf, -math.inf, math.nan])
