@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from esper.blueprints import get_blueprint
@@ -13,6 +14,7 @@ from esper.console import Console
 from esper.contracts import LayerInfo
 from esper.contracts.spans import span, why_no_span
 from esper.exceptions import IncompatibleLayerError, UnknownLayerError
+from esper.fail_closed import contained
 from esper.grafting.changes.apply import apply_graft
 from esper.grafting.changes.certify import certify, sample_input, stand_in
 from esper.grafting.changes.loading import build_grafts_of_loaded_states, load_state_dict
@@ -28,6 +30,7 @@ from esper.grafting.changes.structure import (
 )
 from esper.grafting.companions.companion import accompany, companions_of
 from esper.grafting.copies import audit_copies, bare_copy, check_copy, let_follow
+from esper.grafting.found_copies.search import Copies
 from esper.grafting.guard import (
     GradientGuard,
     GuardVerdict,
@@ -128,6 +131,8 @@ def graft(
 ) -> Receipt:
     """Grafts a blueprint into a layer, without a run.
 
+    An ``AveragedModel`` of the model gets the graft too.
+
     Args:
         layer: name of the layer, as in ``model.named_modules()``.
         blueprint: slug or id.
@@ -146,19 +151,25 @@ def graft(
 
     Raises:
         UnknownLayerError: there is no such layer, or its shapes are unknown without ``sample``.
-        IncompatibleLayerError, CertificateError, ConfigurationError: as :func:`apply_graft`.
+        IncompatibleLayerError: as :func:`apply_graft`; or the script keeps an average by hand.
+        CertificateError, ConfigurationError: as :func:`apply_graft`.
     """
     entry = get_blueprint(blueprint)
     info = _look_up(model, layer, sample)
     if since:
         info = _span(model, layer, entry.slug, since, sample)
     given = optimizer is not None and optimizer is not NOT_SAID
+    copies = _copies_of(model)
+    if copies is not None and (reason := copies.by_hand.reason(layer)):
+        raise IncompatibleLayerError(layer=layer, blueprint=entry.slug, reason=reason)
     receipt = apply_graft(
         model,
         info,
         entry,
         config=config,
-        surroundings=Surroundings((optimizer,) if given else ()),
+        surroundings=Surroundings(
+            (optimizer,) if given else (), copies=() if copies is None else copies
+        ),
         thorough=True,
     )
     if optimizer is NOT_SAID and any(p.requires_grad for p in receipt.graft.parameters()):
@@ -168,6 +179,17 @@ def graft(
             level=logging.WARNING,
         )
     return receipt
+
+
+@contained("look for running averages of the model", "They do not get the graft.")
+def _copies_of(model: nn.Module) -> Copies | None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None  # comparing weights that are spread over ranks would be a collective call
+    copies = Copies(model)
+    copies.search()
+    copies.by_hand.let_go()
+    copies.settle_averaged()
+    return copies
 
 
 def describe_layer(model: nn.Module, layer: str, sample: Any) -> tuple[LayerInfo, list[str]]:

@@ -253,13 +253,26 @@ class Copies(Sequence[Any]):
             and (averaged or found in self._own or _is_near(found, model))
             and (found in self._own or _is_nearest(found, model, rivals))
         )
-        for found in fresh:
-            self._followers.append(weakref.ref(found))
-            del self._seen[found]
+        self._follow(fresh)
         for found in alike:
             if found in self._seen and not is_followed(found):
                 self._loading.append(build_grafts_of_loaded_states(found))
         return fresh
+
+    def settle_averaged(self) -> None:
+        """Without a run: what an ``AveragedModel`` holds follows.
+
+        Another copy may be a model that is grafted by itself, to compare the two.
+        """
+        model = self._model()
+        if model is not None:
+            averaged = [found for found, is_averaged in self._seen.items() if is_averaged]
+            self._follow([found for found in averaged if _alike(model, found)])
+
+    def _follow(self, fresh: Iterable[nn.Module]) -> None:
+        for found in fresh:
+            self._followers.append(weakref.ref(found))
+            del self._seen[found]
 
     def close(self) -> None:
         """Takes the hooks off the models that may load a graft, unless there is still one."""

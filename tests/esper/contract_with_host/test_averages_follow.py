@@ -1126,3 +1126,36 @@ def test_the_policy_does_not_graft_beside_a_reference_with_gradients(
 
     alone, model = trained(attaches=False), trained(attaches=True)
     assert all(map(torch.equal, alone.parameters(), model.parameters()))
+
+
+def test_a_graft_without_a_run_comes_to_an_average_too() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = torchs(model)
+
+    def train() -> None:
+        for _ in range(2):
+            learned(model, optimizer, rows=16)
+            kept.update_parameters(model)
+
+    train()
+    receipts = [
+        esper.graft(model, layer, "proj_lora_64", optimizer=optimizer) for layer in ("0", "2")
+    ]
+    train()
+    assert [p.shape for p in kept.module.parameters()] == [p.shape for p in model.parameters()]
+    for receipt in reversed(receipts):
+        receipt.undo()
+    assert kept.module.state_dict().keys() == model.state_dict().keys()
+    train()
+
+
+def test_a_graft_without_a_run_breaks_no_average_that_is_kept_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    kept = InOrder(model)
+    learned(model, optimizer, rows=16)
+    kept.update_parameters(model)
+
+    with pytest.raises(IncompatibleLayerError, match="keeps an average by hand"):
+        esper.graft(model, "0", "proj_lora_64", optimizer=optimizer)
