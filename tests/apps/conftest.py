@@ -10,8 +10,10 @@ from django.core.cache import cache
 
 from apps.accounts.models import User
 from apps.blueprints.models import Blueprint
+from apps.notifications import fan_out
 from apps.telemetry import back_pressure
 from apps.telemetry import services as telemetry
+from apps.trainers import consumers as trainer_side
 from esper.contracts import Role, TokenScope
 from tests.apps.callers import Caller, Inbox, Trainer, frame, metrics, register
 from tests.apps.cast import NAMES, make_blueprint, make_person, make_tamiyo, token_of
@@ -42,6 +44,13 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     telemetry._progress_sent_at.clear()
     back_pressure.forget()
     monkeypatch.setattr(back_pressure, "SLOW_WRITE_MS", math.inf)
+
+
+@pytest.fixture(autouse=True)
+def _no_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine one would come between a question and its answer; some tests want them."""
+    monkeypatch.setattr(trainer_side, "PING_SECONDS", 3600.0)
+    monkeypatch.setattr(fan_out, "PING_SECONDS", 3600.0)
 
 
 @pytest.fixture

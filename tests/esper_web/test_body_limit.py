@@ -21,7 +21,7 @@ def chunk(body: bytes, *, last: bool) -> dict[str, Any]:
 async def exchange(
     *arriving: dict[str, Any], announced: bytes = b"", hangs: bool = False
 ) -> tuple[Messages, Messages]:
-    """(what the application received, what the client was sent), with 10 bytes and 0.05 s."""
+    """(what the application received, what the client was sent), with at most 10 bytes."""
     seen: Messages = []
     sent: Messages = []
     waiting = list(arriving)
@@ -31,14 +31,14 @@ async def exchange(
 
     async def receive() -> dict[str, Any]:
         if not waiting and hangs:
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
         return waiting.pop(0)
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
     headers = [(b"content-length", announced)] if announced else []
-    limited = BodyLimit(application, max_bytes=10, max_seconds=0.05)
+    limited = BodyLimit(application, max_bytes=10, max_seconds=0.05 if hangs else 300.0)
     await limited({"type": "http", "headers": headers}, receive, send)
     return seen, sent
 

@@ -188,7 +188,7 @@ async def test_the_event_of_a_lost_notification_comes_with_the_next_ping(
 async def test_a_browser_that_does_not_read_delays_no_other_and_is_closed(
     people: dict[Role, User], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consumers, "SEND_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(consumers, "SEND_TIMEOUT_SECONDS", 3600.0)
     slow, quick = [await in_database(browser)(people[Role.VIEWER]) for _ in range(2)]
     reading = await _that_stops_reading(slow)
     await quick.open()
@@ -198,6 +198,11 @@ async def test_a_browser_that_does_not_read_delays_no_other_and_is_closed(
         await in_database(tell)("inbox", n=n)
         assert (await quick.next())["data"] == {"n": n}
     assert not reading.done()
+    reading.cancel()
+    await asyncio.wait([reading])
+    monkeypatch.setattr(consumers, "SEND_TIMEOUT_SECONDS", 0.05)
+    reading = await _that_stops_reading(slow)
+    await in_database(tell)("inbox", n=3)
     await reading  # it ends by itself
     await quick.close()
 
