@@ -175,12 +175,12 @@ SIGNALS = (
     _("mean of what the layer gives to the next one"),
     _("standard deviation of what the layer gives to the next one"),
     _("share of units with mean |h| <= 0.025 x the layer's mean"),
-    _("share of activations within 1 %% of the layer's extreme values"),
+    _("share of activations within 1%% of the layer's extreme values"),
     _("stable rank of the weight / its largest possible rank"),
     _("|mean| / std of the gradient, from Adam's own buffers"),
     _("1 as usual, 0 far from it; by limits, own past, peers and findings"),
     _("largest |h| that the layer gives to the next one"),
-    _("share of units that are exactly 0 in 99 %% of the samples"),
+    _("share of units that are exactly 0 in 99%% of the samples"),
     _("share of the gradient's entries that are exactly 0"),
 )
 

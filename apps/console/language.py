@@ -60,8 +60,12 @@ def in_words(text: str) -> str:
 
 
 def as_written(number: str) -> str:
-    """A number in English as the page's language writes it: ``1,234.5`` is ``1.234,5``."""
+    """A number in English as the page's language writes it: ``67.5%`` is ``67,5 %``."""
     if html_language() == "en":
         return number
-    marks = {".": get_format("DECIMAL_SEPARATOR"), ",": get_format("THOUSAND_SEPARATOR")}
+    marks = {
+        ".": get_format("DECIMAL_SEPARATOR"),
+        ",": get_format("THOUSAND_SEPARATOR"),
+        "%": " %",
+    }
     return "".join(marks.get(char, char) for char in number)

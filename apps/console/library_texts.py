@@ -37,6 +37,7 @@ RULES = (
         "Leave the norm in training mode until it has seen the data, or load trained weights "
         "before it is frozen."
     ),
+    _("it was first seen at %(layer)s"),
     _(
         "the outputs of a batch differ by %(spread)s of their size, at first by %(first)s, and an "
         "update was %(excess)s times as large as a sound one"
@@ -190,7 +191,7 @@ RULES = (
         "scale the loss by a GradScaler."
     ),
     _("the weight decay takes %(share)s of the weights in each update"),
-    _("below %(limit)s; 0.01 %% is usual"),
+    _("below %(limit)s; 0.01%% is usual"),
     _("the weight decay adds %(times)s times as much to the gradient as the loss does"),
     _("below %(limit)s times"),
     _("Lower the weight decay: 0.01 is usual for AdamW, 1e-4 for SGD and Adam."),
@@ -199,7 +200,7 @@ RULES = (
     _("below %(limit)s; 0.9 is usual"),
     _("Use a momentum of 0.9, with the same learning rate or a lower one."),
     _("%(layer)s sets %(share)s of its values to zero"),
-    _("less than %(limit)s; 50 %% and less is usual"),
+    _("less than %(limit)s; 50%% and less is usual"),
     _("Lower the probability: p is the share that is set to zero, not the share that stays."),
     _("%(layer)s computes the statistics of a channel from %(count)s values"),
     _("more than %(limit)s values"),
@@ -850,9 +851,9 @@ DECISIONS = (
     _("cases without a finding"),
     _("cases of %(what)s"),
     _("cases of %(what)s to %(finding)s"),
-    _("its confidence is between %(low)s and %(high)s (95 %%), from %(cases)s cases of this kind"),
+    _("its confidence is between %(low)s and %(high)s (95%%), from %(cases)s cases of this kind"),
     _(
-        "its confidence is between %(low)s and %(high)s (95 %%), from %(cases)s cases of this "
+        "its confidence is between %(low)s and %(high)s (95%%), from %(cases)s cases of this "
         "kind, too few to trust, %(needed)s are needed"
     ),
     _("how fast the loss falls"),
@@ -907,10 +908,10 @@ VERDICTS = (
     _("The loss is %(loss)s above its forecast (± %(interval)s). Here %(within)s."),
     _("Its cost is not known: %(shown)s. Here %(within)s."),
     _("a cheaper layer may cost %(share)s of the loss"),
-    _("gain %(gain)s (95 %%: %(low)s to %(high)s, %(looks)s looks)"),
+    _("gain %(gain)s (95%%: %(low)s to %(high)s, %(looks)s looks)"),
     _("gain %(gain)s, too few looks (%(looks)s) for an interval"),
     _("%(gain)s ± %(interval)s against the forecast"),
-    _("%(names)s was found after it"),
+    _("%(names)s came after it"),
     _("“%(finding)s” is over"),
     _("“%(finding)s” is still open"),
     _("it changes nothing"),
@@ -969,11 +970,11 @@ SERVER = (
     _("No closed decision has stored the probabilities of both policies yet."),
     _("%(cases)s of %(needed)s effective cases tell of both policies."),
     _(
-        "%(challenger)s against %(incumbent)s: %(gain)s of reward (95 %%: %(least)s to "
+        "%(challenger)s against %(incumbent)s: %(gain)s of reward (95%%: %(least)s to "
         "%(most)s), %(cases)s effective cases; shown to be better."
     ),
     _(
-        "%(challenger)s against %(incumbent)s: %(gain)s of reward (95 %%: %(least)s to "
+        "%(challenger)s against %(incumbent)s: %(gain)s of reward (95%%: %(least)s to "
         "%(most)s), %(cases)s effective cases; not shown to be better."
     ),
     _("nobody decided before the deadline"),

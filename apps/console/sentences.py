@@ -213,6 +213,6 @@ def in_value(text: str) -> str:
 
 def _value(text: str) -> str:
     if _NUMBER.fullmatch(text):
-        return as_written(text.replace("%", " %"))
+        return as_written(text)
     word = in_words(text)
     return in_sentence(text) if word == text else word

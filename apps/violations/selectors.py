@@ -7,7 +7,7 @@ from django.db.models import Case, QuerySet, Value, When
 from apps.runs.models import Run
 from apps.violations.incidents import RECORDS_READ, Incident, IncidentState, incidents
 from apps.violations.models import Violation
-from esper.contracts import Finding, Severity, ViolationRule
+from esper.contracts import RUN_ENDED, Finding, Severity, ViolationRule
 
 __all__ = [
     "RECORDS_READ",
@@ -29,6 +29,12 @@ def open_findings(run: Run) -> tuple[Finding, ...]:
 def open_violations() -> QuerySet[Violation]:
     """Those that nobody has acknowledged, and that have not ended by themselves."""
     return Violation.objects.filter(acknowledged_at=None, resolved_step=None)
+
+
+def needing_a_person() -> QuerySet[Violation]:
+    """Open ones that are severe, and about which something can still be done: their run goes on."""
+    severe = open_violations().filter(severity__in=(Severity.SERIOUS, Severity.CRITICAL))
+    return severe.exclude(run__state__in=RUN_ENDED)
 
 
 def worst_first(rows: QuerySet[Violation]) -> QuerySet[Violation]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from esper.contracts import wire
 from esper.contracts.enums import AdaptationType, Risk, RunMode, ViolationRule
 from esper.contracts.health import Finding, HealthFrame, LayerInfo
+from esper.contracts.percent import percent, signed
 from esper.contracts.variants import Variant
 from esper.contracts.wire import Int64, Number, Sentence, Whole
 from esper.exceptions import CodecError, ConfigurationError, UnknownAdaptationTypeError
@@ -419,16 +420,16 @@ class RunningTest:
             if math.isnan(self.forecast_gain):
                 return "nothing is measured yet"
             return (
-                f"{self.forecast_gain:+.1%} ± {self.forecast_interval:.1%} against the forecast, "
-                "no held-out loss yet"
+                f"{signed(self.forecast_gain)} ± {percent(self.forecast_interval)} against the "
+                "forecast, no held-out loss yet"
             )
         looks = f"{self.looks} look{'s' if self.looks > 1 else ''}"
-        limits = f"kept above {self.keep_above:+.1%}, out below {self.out_below:+.1%}"
+        limits = f"kept above {signed(self.keep_above)}, out below {signed(self.out_below)}"
         if math.isnan(self.gain_low):
-            return f"gain {self.gain:+.2%}, no interval yet ({looks}; {limits})"
+            return f"gain {signed(self.gain)}, no interval yet ({looks}; {limits})"
         return (
-            f"gain {self.gain:+.2%}, 95 % interval {self.gain_low:+.2%} to {self.gain_high:+.2%} "
-            f"({looks}; {limits})"
+            f"gain {signed(self.gain)}, 95% interval {signed(self.gain_low)} to "
+            f"{signed(self.gain_high)} ({looks}; {limits})"
         )
 
 

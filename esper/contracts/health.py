@@ -53,7 +53,7 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
     Signal.ACT_MEAN: ("activation", "mean of what the layer gives to the next one"),
     Signal.ACT_STD: ("activation", "standard deviation of what the layer gives to the next one"),
     Signal.DEAD_FRACTION: ("0..1", "share of units with mean |h| <= 0.025 x the layer's mean"),
-    Signal.SATURATION: ("0..1", "share of activations within 1 % of the layer's extreme values"),
+    Signal.SATURATION: ("0..1", "share of activations within 1% of the layer's extreme values"),
     Signal.STABLE_RANK: ("0..1", "stable rank of the weight / its largest possible rank"),
     Signal.GRAD_SNR: ("ratio", "|mean| / std of the gradient, from Adam's own buffers"),
     Signal.HEALTH: (
@@ -61,7 +61,7 @@ SIGNAL_NOTES: dict[Signal, tuple[str, str]] = {
         "1 as usual, 0 far from it; by limits, own past, peers and findings",
     ),
     Signal.ACT_ABS_MAX: ("activation", "largest |h| that the layer gives to the next one"),
-    Signal.INACTIVE_FRACTION: ("0..1", "share of units that are exactly 0 in 99 % of the samples"),
+    Signal.INACTIVE_FRACTION: ("0..1", "share of units that are exactly 0 in 99% of the samples"),
     Signal.GRAD_ZERO_SHARE: ("0..1", "share of the gradient's entries that are exactly 0"),
 }
 

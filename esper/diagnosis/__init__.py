@@ -6,7 +6,7 @@ from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.engine import Change, Diagnosed, Diagnosis
 from esper.diagnosis.observation import Observation, Unknown
 from esper.diagnosis.recorder import Recorder
-from esper.diagnosis.registry import discover, get_rule, list_rules
+from esper.diagnosis.registry import discover, get_rule, list_rules, title_of
 from esper.diagnosis.weights import weights_digest
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "discover",
     "get_rule",
     "list_rules",
+    "title_of",
     "weights_digest",
 ]

@@ -103,7 +103,7 @@ class Rule(ABC):
 
     Attributes:
         slug: the file's name.
-        title: two or three words.
+        title: what is wrong, in a few words.
         symptom: one sentence for people: what is seen.
         thresholds: every limit, with its source.
         severity: of a finding, unless its evidence says otherwise.

@@ -175,8 +175,7 @@ class Diagnosis:
             since = state.first_step if evidence.since_step is None else evidence.since_step
             state.diagnosed = Diagnosed(rule, evidence, since, step)
             return Change.OPENED, state.diagnosed
-        # Where it began stays as it was found: later it has often spread.
-        evidence = replace(evidence, began_at=old.evidence.began_at or evidence.began_at)
+        evidence = _from_where_it_began(evidence, old.evidence.began_at)
         if evidence == old.evidence:
             return None
         state.diagnosed = replace(old, evidence=evidence)
@@ -190,6 +189,16 @@ class Diagnosis:
             return None
         state.diagnosed = None
         return Change.RESOLVED, replace(old, resolved_step=step)
+
+
+def _from_where_it_began(evidence: Evidence, began: str) -> Evidence:
+    """Where it began stays as it was found: later it has often spread to other layers."""
+    if not began or evidence.began_at == began:
+        return evidence
+    observed = evidence.observed
+    if evidence.began_at:
+        observed = f"{observed}; it was first seen at {began}"
+    return replace(evidence, began_at=began, observed=observed)
 
 
 def causes_first(rules: Iterable[Rule]) -> list[Rule]:

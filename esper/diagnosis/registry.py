@@ -17,6 +17,12 @@ def list_rules() -> tuple[Rule, ...]:
     return tuple(_by_slug().values())
 
 
+def title_of(slug: str) -> str:
+    """What is wrong by a rule, in quotes: “The loss oscillates”; its slug where it is not known."""
+    rule = _by_slug().get(slug)
+    return slug if rule is None else f"“{rule.title}”"
+
+
 def get_rule(slug: str) -> Rule:
     """One rule.
 

@@ -440,7 +440,6 @@ class RemedyReceipt(ChangeReceipt):
         changed_nothing: it has measured or saved something. There is nothing to undo, and the
             digests are empty.
         words: what was done, for people; empty: its name says it.
-        settings: names of the details that ``words`` tells.
     """
 
     remedy: str
@@ -452,7 +451,7 @@ class RemedyReceipt(ChangeReceipt):
     adaptation: str = ""
     changed_nothing: bool = False
     words: str = ""
-    settings: frozenset[str] = frozenset()
+    _so_far: Callable[[dict[str, Any]], str] = field(repr=False, default=lambda _: "")
 
     @property
     def digest_before(self) -> str:
@@ -470,12 +469,8 @@ class RemedyReceipt(ChangeReceipt):
     def __str__(self) -> str:
         said = self.words[:1].lower() + self.words[1:] or self.remedy
         place = f" at {self.layer!r}" if self.layer else ""
-        told = ", ".join(
-            f"{name.replace('_', ' ')} {_short(value)}"
-            for name, value in self.details.items()
-            if name not in self.settings and _is_short(value)
-        )
-        return f"{said}{place}{f' ({told})' if told else ''}"
+        so_far = self._so_far(self.details)
+        return f"{said}{place}{f' ({so_far})' if so_far else ''}"
 
     def __repr__(self) -> str:
         return f"<RemedyReceipt {self}>"
@@ -606,14 +601,6 @@ def _undo_with(
             for graft in merged:
                 graft.merged = True
         raise
-
-
-def _short(value: float | str) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) else str(value)
-
-
-def _is_short(value: object) -> bool:
-    return isinstance(value, str | int | float) and len(str(value)) <= 40
 
 
 def _merged_grafts(snapshot: Snapshot | None) -> list[Graft]:

@@ -83,7 +83,7 @@ class Confidence:
         """The interval, and how many cases there are, in words."""
         few = "" if self.trusted else f", too few to trust, {FEWEST_CASES} are needed"
         return (
-            f"between {self.low:.0%} and {self.high:.0%} (95 %), "
+            f"between {self.low:.0%} and {self.high:.0%} (95%), "
             f"from {self.cases} cases of this kind{few}"
         )
 

@@ -94,7 +94,7 @@ def standing(outcomes: Sequence[Outcome], *, incumbent: str, challenger: str) ->
     low, high = gain - 1.96 * error, gain + 1.96 * error
     better = low > 0.0
     reason = (
-        f"{challenger} against {incumbent}: {gain:+.4f} of reward (95 %: {low:+.4f} to "
+        f"{challenger} against {incumbent}: {gain:+.4f} of reward (95%: {low:+.4f} to "
         f"{high:+.4f}), {cases:.0f} effective cases; "
         + ("shown to be better." if better else "not shown to be better.")
     )

@@ -86,8 +86,7 @@ def _take(remedy: Remedy, target: Target, act: Callable[[], Effect]) -> RemedyRe
 
 def _worded(receipt: RemedyReceipt, remedy: Remedy) -> RemedyReceipt:
     receipt.words = remedy.done_in_words(receipt.details)
-    settings = frozenset(remedy.default_config())
-    receipt.settings = settings | {"to_step"} if "step" in settings else settings
+    receipt._so_far = remedy.so_far
     return receipt
 
 

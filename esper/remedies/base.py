@@ -175,6 +175,14 @@ class Remedy(ABC):
             done["step"] = details["to_step"]
         return self.in_words(done)
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        """What it has done beyond :meth:`done_in_words`, for people; empty: no more is known.
+
+        Args:
+            details: of the :class:`Effect`; a remedy that stays in force keeps them up to date.
+        """
+        return ""
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         """Why it cannot be applied here, a sentence; empty: it can. Changes nothing."""
         return ""

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.contracts import GraftKind, RunningTest, SafetyPolicy, Verdict
+from esper.contracts.percent import percent, signed
 from esper.contracts.protocol import StepValues
 from esper.reward.forecast import LossForecast, forecast_loss, usable
 from esper.reward.sequence import ALPHA, FEWEST, Trend, trend_at_every_look
@@ -269,10 +270,13 @@ def _answer_gain(evidence: _Evidence) -> tuple[bool, str] | None:
     if low > needed and evidence.below_forecast:
         return False, f"{_below(evidence)} The host depends on it: {_shown(evidence)}."
     if low > needed:
-        return False, f"Its gain has gone: {now:+.2%} at the last look; {_shown(evidence)}."
+        return (
+            False,
+            f"Its gain has gone: {signed(now)} at the last look; {_shown(evidence)}.",
+        )
     if evidence.looks < FEWEST:
         return False, f"No data: {evidence.looks} looks after maturity, {FEWEST} are needed."
-    return False, f"No gain above {needed:.1%} was shown: {_shown(evidence)}."
+    return False, f"No gain above {percent(needed)} was shown: {_shown(evidence)}."
 
 
 def _without_looks(evidence: _Evidence) -> tuple[bool, str]:
@@ -282,12 +286,15 @@ def _without_looks(evidence: _Evidence) -> tuple[bool, str]:
     needed = evidence.policy.min_gain_ratio
     if evidence.gain - evidence.forecast.interval > needed * abs(evidence.forecast.level):
         return True, f"It lowers the training loss: {_against(evidence)}; no held-out loss."
-    return False, f"No gain above {needed:.1%} was shown: {_against(evidence)}; no held-out loss."
+    return (
+        False,
+        f"No gain above {percent(needed)} was shown: {_against(evidence)}; no held-out loss.",
+    )
 
 
 def _answer_cheaper(evidence: _Evidence) -> tuple[bool, str] | None:
     low = evidence.trend.interval.low
-    within = f"a cheaper layer may cost {CHEAPER_TOLERANCE:.0%} of the loss"
+    within = f"a cheaper layer may cost {percent(CHEAPER_TOLERANCE)} of the loss"
     if evidence.trends[0].interval.high < -CHEAPER_TOLERANCE:
         return False, f"It costs held-out loss: {_shown(evidence)}; {within}."
     over = _excess(evidence) > CHEAPER_TOLERANCE
@@ -315,9 +322,9 @@ def _excess(evidence: _Evidence) -> float:
 def _shown(evidence: _Evidence) -> str:
     interval = evidence.trend.interval
     if not interval.known:
-        return f"gain {interval.mean:+.2%}, too few looks ({evidence.looks}) for an interval"
+        return f"gain {signed(interval.mean)}, too few looks ({evidence.looks}) for an interval"
     return (
-        f"gain {interval.mean:+.2%} (95 %: {interval.low:+.2%} to {interval.high:+.2%}, "
+        f"gain {signed(interval.mean)} (95%: {signed(interval.low)} to {signed(interval.high)}, "
         f"{evidence.looks} looks)"
     )
 

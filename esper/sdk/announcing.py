@@ -11,7 +11,9 @@ from torch import distributed
 
 from esper.console import Console
 from esper.contracts import Decision, Finding, RunMode, Severity
+from esper.diagnosis import title_of
 from esper.grafting import RemedyReceipt, UndoReceipt
+from esper.remedies import list_remedies
 from esper.sdk.adaptation import Adaptation
 from esper.sdk.run_state import RunState
 from esper.sdk.tracking import Event, Mirror, Progress
@@ -133,10 +135,10 @@ class Announcer:
         """
         if address not in self._told:
             self._told.add(address)
-            self._note("waits", f"{what} {layer}".rstrip(), link=address)
-            place = f"at {layer!r}" if layer else "of the run"
+            self._note("waits", f"{_name(what)} {layer}".rstrip(), link=address)
+            place = f" at {layer!r}" if layer else ""
             self._step(
-                f"{what} {place} waits for a person: {address}",
+                f"{_name(what)}{place} waits for a person: {address}",
                 kind="decisions that wait",
             )
 
@@ -208,7 +210,7 @@ class Announcer:
         )
 
     def remedy(self, receipt: RemedyReceipt, finding: str = "") -> None:
-        why = f", because of {finding}" if finding else ""
+        why = f", because of {title_of(finding)}" if finding else ""
         self._note("remedy", f"{receipt}{why}", receipt.adaptation)
         self._step(f"applied: {receipt}{why}{self._way_back(receipt)}", kind="remedies")
 
@@ -228,8 +230,10 @@ class Announcer:
         self._step(f"{verb}: {_bare(proposal)}{answer}", kind="proposed remedies")
 
     def remedy_judged(self, remedy: str, verdict: str) -> None:
-        self._note("verdict", f"{remedy}: {verdict}")
-        self._step(f"{remedy}: {verdict}", kind="verdicts on remedies")
+        """What became of a remedy, by its slug."""
+        told = f"{_name(remedy)}: {verdict}"
+        self._note("verdict", told)
+        self._step(told, kind="verdicts on remedies")
 
     def remedy_undone(self, receipt: RemedyReceipt, report: UndoReceipt) -> None:
         self._step(
@@ -309,6 +313,12 @@ def _afterwards(report: UndoReceipt, step: int) -> str:
     if report.exact:
         return f"; the model is rewound to step {step}, equal to the bit"
     return "" if report.hard else "; the model keeps what it has learned since"
+
+
+def _name(slug: str) -> str:
+    """As people call it: a remedy by its title, a blueprint by its slug."""
+    titles = {remedy.slug: remedy.title for remedy in list_remedies()}
+    return f"“{titles[slug]}”" if slug in titles else slug
 
 
 def _bare(text: str) -> str:

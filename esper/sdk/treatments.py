@@ -6,6 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from esper.diagnosis import title_of
 from esper.diagnosis.base import Evidence
 from esper.grafting import RemedyReceipt
 from esper.remedies import get_remedy
@@ -54,7 +55,7 @@ class RemedyProposal:
         asks = f". {self.asks[:1].upper()}{self.asks[1:]}" if self.asks else ""
         return (
             f"{words[:1].lower()}{words[1:]}{place} ({self._call()}), because of "
-            f"{' and '.join(self.findings)}{asks}"
+            f"{' and '.join(map(title_of, self.findings))}{asks}"
         )
 
     def __repr__(self) -> str:

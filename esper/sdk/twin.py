@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esper.contracts.percent import signed
 from esper.exceptions import ConfigurationError
 from esper.grafting import Receipt
 from esper.grafting.layers.evaluation_mode import undisturbed
@@ -64,8 +65,9 @@ class Twin:
 
     def __str__(self) -> str:
         return (
-            f"{self.blueprint} at {self.layer}: gain {self.gain:+.2%} (95 %: {self.low:+.2%} to "
-            f"{self.high:+.2%}) against a twin, {self.steps:,} steps in {self.seconds:.1f} s"
+            f"{self.blueprint} at {self.layer}: gain {signed(self.gain)} (95%: "
+            f"{signed(self.low)} to {signed(self.high)}) against a twin, {self.steps:,} steps in "
+            f"{self.seconds:.1f} s"
         )
 
 

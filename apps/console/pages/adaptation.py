@@ -31,6 +31,7 @@ from apps.rest.problems import Problem
 from apps.runs.models import Command
 from apps.violations.models import Violation
 from esper.contracts import SIGNAL_NOTES, AdaptationState, RejectReason, Signal
+from esper.contracts.percent import signed
 
 _A = AdaptationState
 EVENTS = ("adaptation", "run.command", "switch", "freeze", "remedy", "kernel")
@@ -173,15 +174,15 @@ def shadow_context(found: Adaptation, user: User) -> dict[str, Any]:
     }
 
 
-def signed_percent(share: float) -> str:
-    return as_written(f"{share:+.2%}")
+def _gain(share: float) -> str:
+    return as_written(signed(share))
 
 
 def told_by(trial: ShadowTrial, smallest: float) -> tuple[str, str]:
     """What a trial has shown, in two parts: the answer and the numbers; empty before its end."""
     if trial.state != "done":
         return "", ""
-    gain = _("unknown") if trial.gain is None else signed_percent(trial.gain)
+    gain = _("unknown") if trial.gain is None else _gain(trial.gain)
     if trial.low is None or trial.high is None:
         return _("Nothing is shown:"), _(
             "gain of the held-out loss %(gain)s, too few looks to bound it"
@@ -191,10 +192,10 @@ def told_by(trial: ShadowTrial, smallest: float) -> tuple[str, str]:
         answer = _("It helps:")
     elif trial.high < smallest:
         answer = _("It does not help:")
-    return answer, _("gain of the held-out loss %(gain)s (95 %%: %(low)s to %(high)s)") % {
+    return answer, _("gain of the held-out loss %(gain)s (95%%: %(low)s to %(high)s)") % {
         "gain": gain,
-        "low": signed_percent(trial.low),
-        "high": signed_percent(trial.high),
+        "low": _gain(trial.low),
+        "high": _gain(trial.high),
     }
 
 

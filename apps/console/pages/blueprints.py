@@ -20,6 +20,7 @@ from apps.console.sentences import in_sentence
 from apps.kernels.models import Kernel
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from esper.contracts import AdaptationState
+from esper.contracts.percent import percent, signed
 
 _BAD_ENDS = (AdaptationState.ROLLED_BACK, AdaptationState.REVERTED, AdaptationState.ROLLBACK_FAILED)
 
@@ -107,12 +108,9 @@ def variant_rows(blueprint: Blueprint, user: User) -> list[dict[str, Any]]:
 
 def _variant_row(variant: Variant, user: User) -> dict[str, Any]:
     grafts, seen, unseen = adaptations.cases_of(variant)
-    known = variant.expected is not None and variant.error is not None
     return {
         "variant": variant,
-        "expected": as_written(f"{variant.expected:+.1%} ± {variant.error:.1%}")
-        if known
-        else _("unknown"),
+        "expected": _expected(variant),
         "grafts": grafts,
         "seen": seen,
         "unseen": unseen,
@@ -126,3 +124,9 @@ def _variant_row(variant: Variant, user: User) -> dict[str, Any]:
 
 def kernels_of(slug: str) -> list[Kernel]:
     return list(Kernel.objects.filter(blueprint_slug=slug)[:20])
+
+
+def _expected(variant: Variant) -> str:
+    if variant.expected is None or variant.error is None:
+        return _("unknown")
+    return as_written(f"{signed(variant.expected)} ± {percent(variant.error)}")

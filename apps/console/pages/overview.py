@@ -22,7 +22,7 @@ from apps.notifications.services import on_duty
 from apps.runs.models import Run
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
 from apps.violations.models import Violation
-from apps.violations.selectors import open_violations, worst_first
+from apps.violations.selectors import needing_a_person, worst_first
 from apps.workers.models import CompileJob, Worker
 from apps.workers.services import Down, disk_problem, down_processes, parts
 from esper.contracts import AdaptationState, JobState, RunState, Severity, WorkerState
@@ -107,7 +107,6 @@ class Attention:
 
 def attention(user: User) -> Attention:
     trouble = Q(state=RunState.UNREACHABLE) | ~Q(quarantined_reason="")
-    serious = open_violations().filter(severity__in=_NEEDS_PERSON)
     return Attention(
         waits=list(
             waiting(user)
@@ -115,7 +114,9 @@ def attention(user: User) -> Attention:
             .defer(*HUGE_COLUMNS_OF_RUN)[:ATTENTION_SHOWN]
         ),
         violations=list(
-            worst_first(serious).select_related("run").defer(*HUGE_COLUMNS_OF_RUN)[:ATTENTION_SHOWN]
+            worst_first(needing_a_person())
+            .select_related("run")
+            .defer(*HUGE_COLUMNS_OF_RUN)[:ATTENTION_SHOWN]
         ),
         runs=list(live_runs().filter(trouble).select_related("owner")[:ATTENTION_SHOWN]),
     )

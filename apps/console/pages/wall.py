@@ -13,8 +13,7 @@ from apps.console.request import page, person
 from apps.console.run_rows import live_runs, newest_of, run_rows
 from apps.console.waiting import inbox_count, waiting
 from apps.runs.selectors import HUGE_COLUMNS_OF_RUN
-from apps.violations.selectors import open_violations, worst_first
-from esper.contracts import Severity
+from apps.violations.selectors import needing_a_person, worst_first
 
 RUNS_SHOWN = 12
 FINDINGS_SHOWN = 6
@@ -25,7 +24,7 @@ def wall(request: HttpRequest) -> HttpResponse:
     user = person(request)
 
     def board() -> dict[str, Any]:
-        severe = open_violations().filter(severity__in=(Severity.SERIOUS, Severity.CRITICAL))
+        severe = needing_a_person()
         found = waiting(user).select_related("run", "blueprint").defer(*HUGE_COLUMNS_OF_RUN)
         return {
             "switch": adaptation_switch(),

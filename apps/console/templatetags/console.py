@@ -31,6 +31,7 @@ from apps.console.vocabulary import FINDINGS
 from apps.console.waiting import inbox_count
 from apps.policies.selectors import present_freezes
 from esper.contracts import Role
+from esper.contracts.percent import percent as in_percent
 
 register = template.Library()
 _UNKNOWN = "—"
@@ -242,9 +243,9 @@ def signed(value: Any, digits: int = 3) -> str:
 
 @register.filter
 def of_the_model(share: float | None) -> str:
-    """A share of the model's parameters: ``3.2 % of the model``, ``10.2 × the model``."""
+    """A share of the model's parameters: ``3.2% of the model``, ``10.2 × the model``."""
     if share is not None and 0 < share < 1e-4:
-        return _("under %(share)s of the model") % {"share": as_written("0.01 %")}
+        return _("under %(share)s of the model") % {"share": as_written("0.01%")}
     if share is None or share < 1:
         return _("%(share)s of the model") % {"share": percent(share)}
     return _("%(times)s × the model") % {"times": as_written(f"{share:,.3g}")}
@@ -252,7 +253,7 @@ def of_the_model(share: float | None) -> str:
 
 @register.filter
 def percent(value: Any) -> str:
-    return _UNKNOWN if value is None else as_written(f"{100 * float(value):.3g} %")
+    return _UNKNOWN if value is None else as_written(in_percent(float(value)))
 
 
 @register.filter

@@ -22,7 +22,7 @@ class AbnormalData(Rule):
     """The inputs are far from the scale that weights are initialised for."""
 
     slug = "abnormal_data"
-    title = "Abnormal data"
+    title = "The model's input is abnormal"
     symptom = (
         "The inputs of the model are not finite, ten times larger than usual, all zero, or nearly "
         "the same in all rows."

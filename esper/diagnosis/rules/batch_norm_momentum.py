@@ -11,7 +11,7 @@ class BatchNormMomentum(Rule):
     """The statistics that evaluation uses are those of the newest batch, or never change."""
 
     slug = "batch_norm_momentum"
-    title = "Momentum of a batch norm"
+    title = "Wrong momentum of a batch norm"
     symptom = "The momentum of a batch norm is 0, or so high that only the newest batch counts."
     thresholds = (
         Threshold("momentum", HIGH, "share", "0.1 is usual; it is the weight of the new batch"),

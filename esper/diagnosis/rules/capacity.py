@@ -33,7 +33,7 @@ class Capacity(Rule):
     """The losses are stuck, and a hidden layer is a strict bottleneck."""
 
     slug = "capacity"
-    title = "Too little capacity"
+    title = "The model has too little capacity"
     symptom = (
         "Training loss and held-out loss stay high together, and a hidden layer, between two "
         "linear layers or two convolutions, has at most half as many units or channels as come in "

@@ -9,7 +9,7 @@ class DesynchronisedRanks(Rule):
     """The ranks of one run hold different weights, so they train different models."""
 
     slug = "desynchronised_ranks"
-    title = "Ranks differ"
+    title = "The weights of the ranks differ"
     symptom = "The same sample of the weights differs between the ranks."
     thresholds = (Threshold("difference between ranks", 0, "exactly", "DDP keeps replicas equal"),)
     severity = Severity.CRITICAL

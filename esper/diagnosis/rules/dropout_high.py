@@ -29,7 +29,7 @@ class DropoutHigh(Rule):
             return None
         return Evidence(
             observed=f"{layer} sets {highest:.0%} of its values to zero",
-            limit=f"less than {HIGH:.0%}; 50 % and less is usual",
+            limit=f"less than {HIGH:.0%}; 50% and less is usual",
             signal="dropout",
             value=highest,
             began_at=layer,

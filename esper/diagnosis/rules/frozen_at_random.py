@@ -12,7 +12,7 @@ class FrozenAtRandom(Rule):
     """The first layers are frozen and were never trained: the rest learns from random features."""
 
     slug = "frozen_at_random"
-    title = "Frozen with random weights"
+    title = "A layer is frozen with random weights"
     symptom = (
         "The first layers are frozen, and all frozen matrices have the random values with which "
         "PyTorch creates layers, or all frozen biases and norms those of new layers."

@@ -12,7 +12,7 @@ class FrozenPart(Rule):
     """All matrices are frozen, or a frozen one is all zero and can never become anything else."""
 
     slug = "frozen_part"
-    title = "A part is frozen"
+    title = "A part of the model is frozen"
     symptom = "All weight matrices are frozen, or a frozen one is all zero."
     thresholds = (
         Threshold("trainable share of the parameters", FEW, "share", "norms hold less"),

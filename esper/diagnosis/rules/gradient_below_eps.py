@@ -17,7 +17,7 @@ class GradientBelowEps(Rule):
     """The gradient is so small that the eps of the optimizer sets the size of the updates."""
 
     slug = "gradient_below_eps"
-    title = "Gradients below eps"
+    title = "Gradients are smaller than eps"
     symptom = (
         "The gradients of all tensors are much smaller than the eps that an optimizer such as Adam "
         "adds to their size, so that its updates are a small part of the learning rate."

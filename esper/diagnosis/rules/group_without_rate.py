@@ -14,7 +14,7 @@ class GroupWithoutRate(Rule):
     """One group of the optimizer has a learning rate of 0, and its weights were never trained."""
 
     slug = "group_without_rate"
-    title = "A group with a rate of 0"
+    title = "A parameter group has a rate of 0"
     symptom = (
         "Weights with the random values of new layers get a gradient and never move: the learning "
         "rate of their group is 0, that of another is not."

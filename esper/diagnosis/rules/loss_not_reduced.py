@@ -27,7 +27,7 @@ class LossNotReduced(Rule):
     """The loss is a sum over the batch, so its gradient grows with the size of the batch."""
 
     slug = "loss_not_reduced"
-    title = "Loss is not reduced"
+    title = "The loss is summed, not averaged"
     symptom = "Each row of the batch has the weight 1 in the loss, instead of one part of it."
     thresholds = (
         Threshold("weight of a row, times the rows", 1, "ratio", "a mean over the batch"),

@@ -21,7 +21,7 @@ class LossSpike(Rule):
     """The loss jumps far above its own recent level, and stays there for three steps."""
 
     slug = "loss_spike"
-    title = "Loss spike"
+    title = "The loss jumped up"
     symptom = "The loss is far above its level of the last 20 steps, three times in a row."
     thresholds = (
         Threshold("loss / mean of the last 20", 3.0, "ratio", "the guard of esper.grafting"),

@@ -16,7 +16,7 @@ class MemorisedNoise(Rule):
     """The training loss falls, and the held-out loss never did: the labels cannot be predicted."""
 
     slug = "memorised_noise"
-    title = "Memorised noise"
+    title = "The model memorises noise"
     symptom = (
         "The training loss has fallen by 40 %, and no held-out loss was better than the first."
     )

@@ -11,7 +11,7 @@ class NoActivation(Rule):
     """All linear layers follow one another directly, so that together they are one linear layer."""
 
     slug = "no_activation"
-    title = "No activation"
+    title = "No activation between linear layers"
     symptom = "Each linear layer reads the output of the one before as it is."
     thresholds = (
         Threshold("linear layers", FEWEST, "layers", "two may be a factorised weight"),

@@ -16,7 +16,7 @@ class NonFinite(Rule):
     """A NaN or an infinity in the loss spreads to every weight with the next update."""
 
     slug = "non_finite"
-    title = "Not finite"
+    title = "NaN or infinite values"
     symptom = "The loss is NaN or infinite."
     thresholds = (Threshold("finite losses", 1, "share", "IEEE 754; a NaN stays a NaN"),)
     severity = Severity.CRITICAL

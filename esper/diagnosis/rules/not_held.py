@@ -9,7 +9,7 @@ class NotHeld(Rule):
     """A tensor requires a gradient, and no optimizer holds it: it keeps its first values."""
 
     slug = "not_held"
-    title = "Held by no optimizer"
+    title = "A part is held by no optimizer"
     symptom = "A trainable tensor is in no parameter group, so it never changes."
     thresholds = (Threshold("trainable tensors in no optimizer", 0, "tensors", "by definition"),)
     severity = Severity.SERIOUS

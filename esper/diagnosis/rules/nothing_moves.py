@@ -20,7 +20,7 @@ class NothingMoves(Rule):
     """The loop runs and reports numbers, and no weight changes."""
 
     slug = "nothing_moves"
-    title = "Nothing moves"
+    title = "No weight changes"
     symptom = "The optimizer makes steps with a learning rate above zero, and no weight changes."
     thresholds = (
         Threshold("elements that changed", MOVED, "share", "chosen: the smallest may round up"),

@@ -25,7 +25,7 @@ class OscillatingLoss(Rule):
     """The loss swings up and down far more than its batches explain, because steps are too long."""
 
     slug = "oscillating_loss"
-    title = "Oscillating loss"
+    title = "The loss oscillates"
     symptom = "The loss swings by a fifth of its level, without a trend, while updates are large."
     thresholds = (
         Threshold(

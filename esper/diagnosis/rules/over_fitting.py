@@ -21,7 +21,7 @@ class OverFitting(Rule):
     """The held-out loss rises from its best value while the training loss goes on falling."""
 
     slug = "over_fitting"
-    title = "Over-fitting"
+    title = "The model over-fits"
     symptom = (
         "The held-out loss is a quarter above its best and a tenth above the training loss, and "
         "the training loss is lower now."

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 from esper.contracts import Severity
+from esper.contracts.percent import percent, signed
 from esper.diagnosis.base import Evidence, Memory, RemedySlug, Rule, Threshold
 from esper.diagnosis.observation import Observation, Unknown
 from esper.health.features import loss_features
@@ -20,7 +21,7 @@ class Plateau(Rule):
     """The loss has no trend over a long window, judged by the run's own noise and schedule."""
 
     slug = "plateau"
-    title = "Plateau"
+    title = "The loss is on a plateau"
     symptom = "Over thousands of steps the loss has not fallen, though its noise would show a fall."
     thresholds = (
         Threshold("steps without a fall", WINDOW, "steps", "chosen: shorter ones were false"),
@@ -76,7 +77,7 @@ class Plateau(Rule):
         decayed = observation.rate_share < LITTLE_LEARNED
         return Evidence(
             observed=f"the loss has been {features.level:.4g} for {window:,.0f} steps; its trend "
-            f"is {-fall:+.2%} with an error of {error:.2%}"
+            f"is {signed(-fall)} with an error of {percent(error)}"
             + ("; the schedule has lowered the learning rate" if decayed else ""),
             limit=f"a fall of {FALL:.1%}",
             signal="loss",

@@ -10,7 +10,7 @@ class RepeatedInitialisation(Rule):
     """Units or layers that start with equal weights learn the same, or nearly."""
 
     slug = "repeated_initialisation"
-    title = "Repeated initialisation"
+    title = "Units or layers start with equal weights"
     symptom = "The units of a layer, or two layers, start with exactly the same weights."
     thresholds = (
         Threshold("rows equal to the row before", EQUAL_ROWS, "share", "chosen: none by chance"),

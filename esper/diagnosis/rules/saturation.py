@@ -20,7 +20,7 @@ class Saturation(Rule):
     """Sigmoids or tanhs are at the ends of their range, where they pass on no gradient."""
 
     slug = "saturation"
-    title = "Saturation"
+    title = "Activations are saturated"
     symptom = "Half of the activations behind a layer are within 1 % of the ends of their range."
     thresholds = (
         Threshold("saturated activations", SHARE, "share", "DeepDiagnosis (ICSE'22)"),

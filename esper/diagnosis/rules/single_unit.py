@@ -13,7 +13,7 @@ class SingleUnit(Rule):
     """All that a layer passes on to the next one is a single number."""
 
     slug = "single_unit"
-    title = "A layer of one unit"
+    title = "A layer has only one unit"
     symptom = (
         "A hidden layer has one unit, or one channel, between two layers that are wide, and the "
         "loss has not fallen to half."

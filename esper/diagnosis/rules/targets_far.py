@@ -17,7 +17,7 @@ class TargetsFar(Rule):
     """The targets are far larger than the outputs, which come nearer by one rate in each update."""
 
     slug = "targets_far"
-    title = "Targets far from the outputs"
+    title = "The targets are far from the outputs"
     symptom = (
         "The error of the outputs is many times their own size, and an optimizer such as Adam "
         "moves them no faster for that."

@@ -15,7 +15,7 @@ class TargetsShifted(Rule):
     """The targets of a model of sequences are its own input, or the tokens after the next ones."""
 
     slug = "targets_shifted"
-    title = "Targets at the wrong place"
+    title = "The targets are not the next tokens"
     symptom = (
         "The targets are the tokens that the model reads at the same places, or those two places "
         "later, where a language model predicts the next ones."

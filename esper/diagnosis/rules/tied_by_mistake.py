@@ -9,7 +9,7 @@ class TiedByMistake(Rule):
     """One layer object is in a container several times, so there is only one layer."""
 
     slug = "tied_by_mistake"
-    title = "Tied by mistake"
+    title = "Weights are tied by mistake"
     symptom = "Several places of a container hold the same layer with the same weights."
     thresholds = (Threshold("places with the same layer", 1, "places", "by definition"),)
     severity = Severity.CAUTION

@@ -13,7 +13,7 @@ class Unreached(Rule):
     """The first layers get no gradient at all, while the later ones learn."""
 
     slug = "unreached"
-    title = "No gradient arrives"
+    title = "No gradient reaches the first layers"
     symptom = "From the input up to some layer no tensor has a gradient; behind it all have one."
     thresholds = (Threshold("readings without a gradient", 2, "in a row", "chosen"),)
     severity = Severity.SERIOUS

@@ -48,7 +48,7 @@ def _of_weights(reading: Gradients) -> Evidence | None:
         return None
     return Evidence(
         observed=f"the weight decay takes {share:.0%} of the weights in each update",
-        limit=f"below {SHARE:.0%}; 0.01 % is usual",
+        limit=f"below {SHARE:.0%}; 0.01% is usual",
         signal="weight_decay",
         value=share / LOWERED_SHARE,
         since_step=reading.step,

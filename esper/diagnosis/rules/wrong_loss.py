@@ -22,7 +22,7 @@ class WrongLoss(Rule):
     """The loss function does not fit the outputs or the targets, as its gradient shows."""
 
     slug = "wrong_loss"
-    title = "Wrong loss"
+    title = "The loss does not fit the outputs"
     symptom = "The loss is one that these outputs or targets cannot lower as intended."
     thresholds = (
         Threshold("smallest loss", 0, "units of the loss", "AutoTrainer (TDSC'24)"),

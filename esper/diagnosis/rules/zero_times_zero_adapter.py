@@ -10,7 +10,7 @@ class ZeroTimesZeroAdapter(Rule):
     """Both factors of an adapter start at zero, so each one's gradient is zero for ever."""
 
     slug = "zero_times_zero_adapter"
-    title = "Adapter of zero times zero"
+    title = "Both factors of an adapter are zero"
     symptom = "Two matrices that are multiplied are both zero, and neither has a gradient."
     thresholds = (
         Threshold("factors that are zero", 1, "of two", "LoRA starts one of them at zero"),

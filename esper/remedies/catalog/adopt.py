@@ -27,6 +27,9 @@ class Adopt(Remedy):
     when = "A trainable tensor gets a gradient, is in no parameter group, and has not moved."
     risk = Risk.LOW
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"{details['parameters']:,} parameters"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if reason := no_optimizer(target):
             return reason

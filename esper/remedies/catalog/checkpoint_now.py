@@ -23,6 +23,10 @@ class CheckpointNow(Remedy):
     risk = Risk.NONE
     stays = False
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        known = {"good_state": "good state", "checkpoint": "checkpoint"}
+        return "; ".join(f"{known[name]} {value}" for name, value in details.items())
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if target.checkpoint is not None:
             return ""

@@ -52,6 +52,12 @@ class ClipLayer(Remedy):
         check_above_zero(config, "factor", most=1e3)
         check_above_zero(config, "decay", most=0.9999)
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        lifted, put_back = details["lifted"], details["put_back"]
+        if len(lifted) > len(put_back):
+            return f"lifted since step {lifted[-1]:,}, as no gradient is unusual"
+        return ""
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         reason = no_optimizer(target) or many_gradients(target)
         return reason or (not_trained(target) if target.layer else "")

@@ -22,6 +22,9 @@ class EvaluateNow(Remedy):
     risk = Risk.NONE
     stays = False
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"held-out loss {details['held_out_loss']:.4g}"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         return "" if target.evaluate is not None else "attach was given no evaluate function"
 

@@ -33,6 +33,9 @@ class HoldLr(Remedy):
     def check_config(self, config: dict[str, Any]) -> None:
         check_above_zero(config, "value", most=1e3)
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"before: {details['before']:g}"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         return no_optimizer(target) or no_rate(target)
 

@@ -45,6 +45,11 @@ class MatchUpdates(Remedy):
         check_above_zero(config, "share", most=0.1)
         check_above_zero(config, "most", most=1e6)
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        changed = [factor for factor in details["factors"] if factor != 1.0]
+        factors = " and ".join(f"{factor:.3g}" for factor in changed)
+        return f"the rate is multiplied by {factors} so far" if factors else ""
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         return no_optimizer(target) or no_rate(target)
 

@@ -58,6 +58,10 @@ class Recycle(Remedy):
         if not isinstance(name, str):
             raise ConfigurationError(f"next_layer must be the name of a layer, got {name!r}")
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        later = details["later"]
+        return f"units {len(details['units']):,}{f', and {later:,} more since' if later else ''}"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         find_host(target.model, target.layer)
         if config["next_layer"]:

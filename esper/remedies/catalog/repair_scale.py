@@ -79,6 +79,9 @@ class RepairScale(Remedy):
             value = config["first_only"]
             raise ConfigurationError(f"first_only must be true or false, got {value!r}")
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"layers: {', '.join(details['factors'])}" if len(details["factors"]) < 4 else ""
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if target.sample is None:
             return "it needs a batch of the model's inputs; give it as sample"

@@ -19,6 +19,9 @@ class RestoreBest(Remedy):
     asks = True  # it gives up what was learned since, which a run may go on to need
     stays = False
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"of step {details['to_step']:,}, held-out loss {details['held_out_loss']:.4g}"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if target.states is None or target.states.best is None:
             return "no held-out loss has been measured; give attach an evaluate function"

@@ -26,6 +26,9 @@ class SkipUpdate(Remedy):
     risk = Risk.LOW
     works_on_parts = True
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"{details['skipped']:,} skipped so far" if details["skipped"] else ""
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if reason := no_optimizer(target):
             return reason

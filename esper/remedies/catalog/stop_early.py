@@ -33,6 +33,11 @@ class StopEarly(Remedy):
                 f"restore_best must be True or False, got {config['restore_best']!r}"
             )
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        step = details["restored_step"]
+        restored = f"the best weights, of step {step:,}, are restored; " if step >= 0 else ""
+        return f"{restored}{details['told']}"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         return "the loop was asked to stop already" if target.stop.asked else ""
 

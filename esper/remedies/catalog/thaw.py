@@ -28,6 +28,9 @@ class Thaw(Remedy):
     asks = True
     scope = "both"
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"{details['parameters']:,} parameters"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if reason := no_optimizer(target):
             return reason

@@ -28,6 +28,9 @@ class WeightDecay(Remedy):
     def check_config(self, config: dict[str, Any]) -> None:
         check_above_zero(config, "value", most=10.0)
 
+    def so_far(self, details: dict[str, Any]) -> str:
+        return f"before: {', '.join(f'{value:g}' for value in details['before'])}"
+
     def why_not(self, target: Target, config: dict[str, Any]) -> str:
         if reason := no_optimizer(target):
             return reason

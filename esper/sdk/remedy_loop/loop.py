@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from esper.contracts import Severity
-from esper.diagnosis import Diagnosed
+from esper.diagnosis import Diagnosed, title_of
 from esper.exceptions import ConfigurationError, EsperError
 from esper.grafting import RemedyReceipt
 from esper.sdk.announcing import Announcer
@@ -182,11 +182,11 @@ class RemedyLoop:
         """A sentence for each remedy that is being tried, and for each that was not applied."""
         open_ = {found.rule.slug for found in self._diagnosis.diagnosis.open}
         tried = [
-            f"{t.receipt} was applied at step {t.step:,} for {t.finding}, and is being tried."
+            f"{t.receipt} was applied at step {t.step:,}{_because(t.finding)}, and is being tried."
             for t in self.history.running
         ]
         refused = [
-            f"{remedy} does not fit {finding}: {reason.rstrip('.')}."
+            f"{remedy} cannot answer {title_of(finding)}: {reason.rstrip('.')}."
             for finding, case in self.history.cases.items()
             for remedy, reason in case.refused.items()
             if finding in open_
@@ -270,3 +270,8 @@ class RemedyLoop:
 
 def _worst_first(found: Iterable[Diagnosed]) -> list[Diagnosed]:
     return sorted(found, key=lambda f: (f.severity is not Severity.CRITICAL, f.since_step))
+
+
+def _because(finding: str) -> str:
+    """Empty where a person has asked for it."""
+    return f" because of {title_of(finding)}" if finding else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from esper.contracts import Severity, Signal
-from esper.diagnosis import Diagnosed, get_rule
+from esper.diagnosis import Diagnosed, title_of
 from esper.exceptions import EsperError
 from esper.remedies import get_remedy
 from esper.sdk.announcing import Announcer
@@ -74,13 +74,13 @@ class Verdicts:
     def _judge_by_finding(self, treatment: Treatment, open_: dict[str, Diagnosed]) -> None:
         found = open_.get(treatment.finding)
         if treatment.finding in RAISES and (new := _critical_since(treatment, open_)):
-            return self._fail(treatment, f"{', '.join(new)} was found after it", hard=True)
+            return self._fail(treatment, f"{' and '.join(new)} came after it", hard=True)
         age = self._run.step - treatment.step
         if found is None or found.severity is Severity.INFO:  # a note, which nothing answers
             if age >= KEPT_AFTER_STEPS:
-                self.keep(treatment, f"{_title(treatment.finding)} is over")
+                self.keep(treatment, f"{title_of(treatment.finding)} is over")
         elif age >= self._window(treatment, found) and not self._lets_it_learn(treatment):
-            self._fail(treatment, f"{_title(treatment.finding)} is still open")
+            self._fail(treatment, f"{title_of(treatment.finding)} is still open")
         return None
 
     def _lets_it_learn(self, treatment: Treatment) -> bool:
@@ -99,7 +99,7 @@ class Verdicts:
             if found.severity in serious and found.since_step > treatment.step
         ]
         if new:
-            self._fail(treatment, f"{', '.join(new)} was found after it")
+            self._fail(treatment, f"{' and '.join(new)} came after it")
         elif self._run.step - treatment.step >= WINDOW_STEPS:
             self.keep(treatment, f"nothing new was found in {WINDOW_STEPS} steps")
 
@@ -169,14 +169,9 @@ class Verdicts:
 
 
 def _critical_since(treatment: Treatment, open_: dict[str, Diagnosed]) -> list[str]:
-    """Titles of critical findings that began after it."""
+    """Titles of critical findings that began after it, in quotes."""
     found = (entry for entry in open_.values() if entry.severity is Severity.CRITICAL)
-    return [entry.rule.title for entry in found if entry.since_step > treatment.step]
-
-
-def _title(finding: str) -> str:
-    """As people call it, in quotes."""
-    return f"“{get_rule(finding).title}”"
+    return [title_of(entry.rule.slug) for entry in found if entry.since_step > treatment.step]
 
 
 def _to_learn_again(treatment: Treatment) -> int:

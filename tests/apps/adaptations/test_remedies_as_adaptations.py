@@ -92,7 +92,7 @@ def judge(stage: Stage, adaptation: Adaptation, *, keep: bool, hard: bool = Fals
         epoch=stage.run.epoch,
         adaptation=adaptation.uid,
         keep=keep,
-        reason="“Oscillating loss” is over" if keep else "“Oscillating loss” is still open",
+        reason="“The loss oscillates” is over" if keep else "“The loss oscillates” is still open",
         step=1100,
         steps_observed=97,
         hard=hard,
@@ -131,7 +131,7 @@ def test_a_low_risk_remedy_goes_by_rule_and_is_kept_when_its_finding_is_over(
         "finding": "oscillating_loss",
     }
     judge(stage, applied(stage, adaptation), keep=True)
-    assert (adaptation.state, adaptation.end_reason) == (S.KEPT, "“Oscillating loss” is over")
+    assert (adaptation.state, adaptation.end_reason) == (S.KEPT, "“The loss oscillates” is over")
     assert stage.command(adaptation).kind == CommandKind.KEEP
     acts = AuditEvent.objects.filter(object_uid=adaptation.uid).order_by("id")
     assert [event.act.removeprefix("adaptation.") for event in acts] == [

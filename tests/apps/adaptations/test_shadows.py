@@ -50,7 +50,7 @@ def test_the_trainer_is_told_what_to_try_and_its_answer_is_kept(stage: Stage) ->
     assert {name: getattr(trial, name) for name in FOUND} == FOUND
     shown = page(stage, adaptation)
     assert "It helps:" in shown
-    assert "+3.10% (95 %: +1.20% to +5.00%)" in shown
+    assert "+3.1% (95%: +1.2% to +5%)" in shown
     adaptation.refresh_from_db()
     assert adaptation.state == AdaptationState.AWAITING_APPROVAL  # evidence decides nothing
     event = AuditEvent.objects.get(act="adaptation.shadow")

@@ -198,7 +198,7 @@ def test_the_page_and_the_api_show_where_a_variant_comes_from(stage: Stage, cura
     Variant.objects.filter(pk=variant.pk).update(learned_from=[adaptation.uid, "adp_foreign"])
     shown = page(curator, "/blueprints/proj_lora_64")
     for words in (
-        "rank × 2", "admitted", "by cora", "better", "+2.0% ± 1.0%",
+        "rank × 2", "admitted", "by cora", "better", "+2% ± 1%",
         f"A-{adaptation.number}</a> (reward", "and 1 in projects that you do not see",
         f"/api/v1/variants/{variant.uid}/withdraw",
     ):  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from esper.contracts.percent import percent
 from hosts.paths import ROOT
 
 RULES = tuple(sorted((ROOT / "esper/diagnosis/rules").glob("[a-z]*.py")))
@@ -101,6 +102,8 @@ def _texts(node: ast.expr, function: ast.FunctionDef, others: Functions) -> list
             return inner(value)
         case ast.Name(id=name):
             return _assigned(name, function, others)
+        case ast.Call(func=ast.Name(id="percent" | "signed")):
+            return [percent(_NUMBER)]
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in others:
             rest = {one: found for one, found in others.items() if one != name}
             return _returned(others[name], rest)  # a function may call itself

@@ -77,7 +77,7 @@ def titles(text: str) -> list[str]:
 
 def test_records_with_one_cause_are_one_incident_and_the_worst_is_first(seen: Any) -> None:
     text = page(seen, "olga")
-    assert titles(text) == ["Critical Loss spike", "Caution Latency"]
+    assert titles(text) == ["Critical The loss jumped up", "Caution Latency"]
     assert "4 records" in text
     assert "and then 1 other layer" in text
     assert "Acknowledge all 4" in text
@@ -105,7 +105,7 @@ def test_an_incident_is_acknowledged_with_all_its_records(seen: Any) -> None:
     assert codes == {**dict.fromkeys(rows, ""), "vio_none": "not-found"}
     again = caller.post("violations/acknowledge", body)
     assert [row["code"] for row in again.data["results"]][:4] == ["already-acknowledged"] * 4
-    assert titles(page(seen, "olga")) == ["Critical Loss spike"]
+    assert titles(page(seen, "olga")) == ["Critical The loss jumped up"]
     assert titles(page(seen, "olga", "&state=acknowledged")) == ["Caution Latency"]
     reader = Caller(token_of(seen.people["vera"], "read", "act"))  # type: ignore[arg-type]
     refused = reader.post("violations/acknowledge", {"violations": rows[:1]})
@@ -133,3 +133,12 @@ def test_an_incident_names_the_adaptation_that_answers_it(seen: Any) -> None:
 def test_a_finding_names_its_layer_once(world: Any, layer: str, observed: str, text: str) -> None:
     _record(world.runs["digits-cnn"], _finding("dying_relu", layer, observed=observed))
     assert Violation.objects.latest("pk").text.startswith(text)
+
+
+@pytest.mark.parametrize("address", ["/", "/wall"])
+def test_the_findings_of_an_ended_run_need_no_person_any_more(world: Any, address: str) -> None:
+    run, reader = world.runs["digits-cnn"], world.client("olga")
+    _record(run, _finding("dying_relu", "features.3", severity=Severity.CRITICAL))
+    assert "Dying ReLU" in reader.get(address).content.decode()
+    Run.objects.filter(pk=run.pk).update(state="finished", ended_at=timezone.now())
+    assert "Dying ReLU" not in reader.get(address).content.decode()

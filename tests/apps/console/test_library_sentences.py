@@ -113,6 +113,9 @@ def test_numbers_clauses_and_the_subject_are_written_as_german_writes_them() -> 
     assert german("the loss became nan; weights and gradients are finite") == (
         "der Verlust wurde nan; Gewichte und Gradienten sind endlich"
     )
+    assert german("the loss became nan; it was first seen at net.0") == (
+        "der Verlust wurde nan; zuerst gesehen wurde es an net.0"
+    )
     assert german("The loss is a sum over 32 rows.") == "Der Verlust ist eine Summe über 32 Zeilen."
     assert german("1.557") == "1,557"
     assert german("Rewind to step 5,800 and halve the learning rate") == (

@@ -211,7 +211,7 @@ def make_remedies_of_run(world: World) -> None:
         details={"factor": 0.5},
         steps_observed=44,
         kept_at=timezone.now(),
-        end_reason="“Oscillating loss” is over",
+        end_reason="“The loss oscillates” is over",
         **{**common, "risk": "low"},
     )
     tell(kept, A.PROPOSED, A.APPROVED, A.DISPATCHED, A.ACCEPTED, A.PROBATION, A.KEPT)

@@ -98,6 +98,7 @@ def test_a_finding_opens_is_updated_and_resolves_with_hysteresis() -> None:
     (found,) = diagnosis.open
     assert (found.since_step, found.opened_step) == (1, 2)
     assert found.evidence.began_at == "layer -1.0"
+    assert found.evidence.observed == "the loss is -2.0; it was first seen at layer -1.0"
     assert check(diagnosis, 5, 1.0) == []
     assert check(diagnosis, 6, -2.0) == []
     assert check(diagnosis, 7, 1.0) == []

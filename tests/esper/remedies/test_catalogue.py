@@ -377,6 +377,7 @@ def test_an_update_that_is_not_finite_is_skipped_whole(closure: bool) -> None:
         assert torch.equal(optimizer.state[model.weight]["step"], count)
         assert model.weight.grad is not None
         assert receipt.details["skipped"] == 1
+        assert str(receipt) == "skip updates that are not finite (1 skipped so far)"
         poison[0] = False
         step()
         assert not torch.equal(before[0], model.weight)
@@ -1026,6 +1027,7 @@ def test_units_that_die_later_are_recycled_too_and_living_ones_never() -> None:
             run.model.get_parameter("0.bias")[5] = -100.0
         run.train(35, session)
         assert receipt.details["later"] == 1
+        assert str(receipt).endswith("(units 2, and 1 more since)")
         alive = torch.relu(run.model[0](sample())).amax(0) > 0
         assert alive[[2, 5, 7]].all()
 

@@ -245,7 +245,7 @@ def test_a_test_that_runs_says_how_far_it_is() -> None:
     assert (found.test.steps, found.test.most_steps, found.test.looks) == (250, 600, 6)
     assert found.test.gain_low < found.test.gain < found.test.gain_high
     assert str(found.test).startswith("step 250 of at most 600 of its test; gain +0.")
-    assert "6 looks; kept above +0.5%, out below +0.0%" in str(found.test)
+    assert "6 looks; kept above +0.5%, out below 0%" in str(found.test)
 
 
 def test_the_interval_holds_at_every_look_of_most_runs() -> None:

@@ -604,9 +604,8 @@ def test_why_and_the_summary_say_what_is_proposed_and_what_is_tried() -> None:
         assert line in session.why()
         assert str(proposal) in str(session)
         receipt = session.approve(proposal)
-        assert f"{receipt} was applied at step 210 for non_finite, and is being tried." in (
-            session.why()
-        )
+        why = f"{receipt} was applied at step 210 because of “NaN or infinite values”"
+        assert f"{why}, and is being tried." in session.why()
 
 
 def test_a_run_has_a_budget_of_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -816,7 +815,7 @@ def test_a_remedy_that_cannot_be_applied_is_not_tried_again_in_each_step(
         monkeypatch.setattr(session._parts.surgery.remedies, "apply", refuse)
         run.train(230, session)
         assert tried.count("rewind") == 1
-        assert "rewind does not fit non_finite: no room." in str(session.why())
+        assert "rewind cannot answer “NaN or infinite values”: no room." in str(session.why())
 
 
 def test_every_finding_is_answered_by_remedies_that_exist() -> None:

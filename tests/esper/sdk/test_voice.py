@@ -133,6 +133,23 @@ def test_grafts_remedies_and_undos_are_said_one_line_each(
     assert "undid: halve the learning rate at '3'" in rewound
 
 
+def test_findings_and_remedies_are_said_by_their_titles(
+    training: Training, capsys: Captured
+) -> None:
+    with attached(training, mode="supervised") as session:
+        training.run(1, session)
+        capsys.readouterr()
+        parts = session._parts
+        parts.surgery.remedy("match_updates", "", None, {}, "update_ratio_low")
+        parts.announcer.remedy_judged("match_updates", "kept")
+    applied, judged = lines_of(capsys.readouterr().err)
+    assert (
+        "applied: change the learning rate until an update is 0.001 of the weights, because of "
+        "“Updates are too small”. To take it back: "
+    ) in applied
+    assert judged.endswith("“Match the learning rate to the updates”: kept")
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_an_undo_by_the_receipt_says_nothing_untrue_of_the_weights(
     training: Training, capsys: Captured, hard: bool
@@ -488,6 +505,7 @@ def test_a_server_tells_its_page_and_what_waits_there(
     with listening(training, plane, mode="supervised") as session:
         for uid in ("a1", "a1", "a/2\n"):
             plane.push({"type": "waiting", "adaptation": uid, "layer": "3", "blueprint": "ln_rms"})
+        plane.push({"type": "waiting", "adaptation": "a3", "layer": "", "blueprint": "rewind"})
         plane.push({"type": "waiting"})
         said = ""
 
@@ -500,6 +518,8 @@ def test_a_server_tells_its_page_and_what_waits_there(
     lines = lines_of(said)
     assert f"esper: the run's page: {plane.url}/runs/{plane.uid}" in lines
     assert sum(f"waits for a person: {plane.url}/adaptations/a1" in line for line in lines) == 1
+    (rewind,) = [line for line in lines if line.endswith("/adaptations/a3")]
+    assert "“Rewind to a good state” waits for a person: " in rewind
     assert all(line.startswith("esper: ") for line in lines)
 
 

@@ -46,7 +46,7 @@ def test_a_sick_run_proposes_applies_and_judges(training: Training, plane: Contr
         assert session.proposed_remedies == ()
         verdict = plane.verdicts[0]
         assert (verdict["adaptation"], verdict["keep"]) == ("a1", True)
-        assert verdict["reason"] == "“Not finite” is over"
+        assert verdict["reason"] == "“NaN or infinite values” is over"
         plane.send(plane.command(CommandKind.KEEP, 2, adaptation="a1"))
         training.until(lambda: ended(plane, 2), session)
         assert final_ack(plane, 2)["state"] == "applied"
