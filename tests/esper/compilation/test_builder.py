@@ -86,7 +86,6 @@ def test_a_warm_child_drafts_a_kernel_tells_its_steps_and_takes_the_next_order(
     ("behaviour", "says"),
     [
         ("segfault", "killed by SIGSEGV"),
-        ("endless", "did not finish within 1 s"),
         ("frozen", "did not finish within 1 s"),
         ("garbage", "files that are not a kernel"),
         ("linked", "files that are not a kernel"),
