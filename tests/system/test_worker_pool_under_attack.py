@@ -128,7 +128,7 @@ class Workers:
             family = self.family(name)
             self.signal(family, signal.SIGCONT)
             self.signal(family, signal.SIGKILL)
-            process.wait(10)
+            process.wait(300)
 
 
 def _is_builder(pid: int) -> bool:
@@ -177,7 +177,7 @@ def job_of(plant: Plant, uid: str) -> dict[str, Any]:
 
 def kill_worker(workers: Workers, name: str, chance: random.Random) -> None:
     workers.signal(workers.family(name)[:2], signal.SIGKILL)
-    workers.running[name].wait(10)
+    workers.running[name].wait(300)
     workers.start(name)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GROUP_TIMEOUT_S = 60.0
+GROUP_TIMEOUT_S = 300.0
 # Imported once for all ranks of this process, which are forked from the server that has done it: a
 # rank that imports torch by itself takes three seconds of a processor.
 PRELOADED = [
@@ -79,7 +79,7 @@ class RankPool:
             pipe.close()
         for process in self.processes:
             process.kill()
-            process.join(5)
+            process.join(300)
         self.pipes.clear()
         self.processes.clear()
 
