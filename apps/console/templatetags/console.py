@@ -209,6 +209,17 @@ def setting(value: Any) -> str:
 
 
 @register.filter
+def told_details(details: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a remedy did, without its lists and without what it counts from 0 on."""
+    counters = ("updates", "skipped", "later")
+    return [
+        (name, setting(value) if is_number(value) else number(value))
+        for name, value in details.items()
+        if isinstance(value, str | bool | int | float) and name not in counters
+    ]
+
+
+@register.filter
 def threshold(value: Any) -> str:
     """A threshold's value to be read: a number of three digits, or a risk in words."""
     return setting(value) if is_number(value) else words(value)
@@ -264,7 +275,8 @@ def count(value: Any) -> str:
     amount = float(value)
     for limit, unit in ((1e9, _("B")), (1e6, "M"), (1e4, "k")):
         if abs(amount) >= limit:
-            return as_written(f"{amount / (1e3 if unit == 'k' else limit):,.3g} {unit}")
+            share = amount / (1e3 if unit == "k" else limit)
+            return f"{as_written(f'{share:,.3g}')} {unit}"
     return as_written(f"{int(amount):,}")
 
 
@@ -294,6 +306,12 @@ def sentence(text: str) -> str:
 register.filter("adaptation_title", title_of)
 register.filter("stored_value", in_value)
 register.filter("delegation_words", delegation_words)
+
+
+@register.filter
+def quoted(text: object) -> str:
+    """In the quotation marks of the page's language."""
+    return f"„{text}“" if html_language() == "de" else f"“{text}”"
 
 
 @register.filter

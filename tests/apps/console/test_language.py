@@ -13,6 +13,7 @@ from django.utils import translation
 from apps.accounts.models import User
 from apps.audit.models import AuditEvent
 from apps.console.language import as_written
+from apps.console.templatetags.console import count, quoted, told_details
 from tests.apps.cast import PASSWORD
 from tests.apps.console.catalogue import READ
 from tests.apps.console.test_pages import FAILED_PANEL, page_addresses
@@ -135,6 +136,11 @@ def test_numbers_are_written_as_the_language_writes_them(world: Any) -> None:
     assert "<strong>0,66</strong>" in client.get(address, headers=GERMAN).content.decode()
     with translation.override("de"):
         assert as_written("−12,345.678") == "−12.345,678"
+        assert as_written("67.5%") == "67,5 %"
+        assert count(1_100_000_000) == "1,1 Mrd."
+        assert quoted("x") == "„x“"
+        done = {"share": 0.002, "updates": 0, "factors": [1.0], "restore_best": True}
+        assert told_details(done) == [("share", "0,002"), ("restore_best", "ja")]
 
 
 API = (
