@@ -10,6 +10,10 @@ from __future__ import annotations
 from django.utils.translation import gettext_noop as _
 
 RULES = (
+    _(
+        "the gradients are at most %(size)s in each step, and an update moves the weights by "
+        "%(change)s of their size"
+    ),
     _("the loss reads an output of %(shape)s in a view that mixes its axes"),
     _("classes that lie on one axis of the output"),
     _(

@@ -422,6 +422,7 @@ CASES = [
         1,
     ),
     Case("clipped_to_nothing", lambda: clipped(1e-9), lambda: clipped(1.0), 5),
+    Case("clipped_to_nothing", lambda: clipped(1e-6, True), lambda: clipped(0.1, True), 5),
     Case("softmax_over_batch", lambda: normalised(0), lambda: normalised(1), 1),
     Case("targets_far", lambda: far_targets(3e4), lambda: far_targets(1.0), 50),
     Case(
@@ -444,12 +445,12 @@ def in_groups(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.Adam([{"params": first.parameters(), "lr": rate}, {"params": others}])
 
 
-def clipped(limit: float) -> Run:
+def clipped(limit: float, each: bool = False) -> Run:
+    clip = nn.utils.clip_grad_value_ if each else nn.utils.clip_grad_norm_
+
     def optimizer(model: nn.Module) -> torch.optim.Optimizer:
         made = torch.optim.SGD(model.parameters(), lr=0.1)
-        made.register_step_pre_hook(
-            lambda *_: nn.utils.clip_grad_norm_(model.parameters(), limit) and None
-        )
+        made.register_step_pre_hook(lambda *_: clip(model.parameters(), limit) and None)
         return made
 
     return Run(optimizer=optimizer)
