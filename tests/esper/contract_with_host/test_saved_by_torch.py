@@ -49,21 +49,20 @@ def test_a_whole_model_with_a_graft_says_that_it_needs_esper(tmp_path: Path) -> 
     torch.save(run.model, tmp_path / "grafted.pt")
     torch.save(esper.export(run.model), tmp_path / "exported.pt")
     program = (
-        "import sys; sys.modules['esper'] = None; import torch; "
-        "print(type(torch.load(sys.argv[1], weights_only=False)))"
+        "import sys; sys.modules['esper'] = None; import torch\n"
+        "for name in sys.argv[1:]: print(type(torch.load(name, weights_only=False)), flush=True)"
     )
 
-    def load(name: str) -> Any:
-        return subprocess.run(
-            [sys.executable, "-c", program, name],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    failed = subprocess.run(
+        [sys.executable, "-c", program, "exported.pt", "grafted.pt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
-    assert "Sequential" in load("exported.pt").stdout
-    failed = load("grafted.pt")
+    [loaded] = failed.stdout.splitlines()
+    assert "Sequential" in loaded
     assert failed.returncode != 0
     assert "esper" in failed.stderr.splitlines()[-1]
     run.session.close()
