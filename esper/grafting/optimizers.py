@@ -31,7 +31,9 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} is not a torch optimizer, nor a wrapper that shows one: "
-            "pass the torch.optim.Optimizer that makes the steps"
+            "pass the torch.optim.Optimizer that makes the steps. A framework with optimizers of "
+            "its own often wraps torch's too, as fastai does (opt_func=partial(OptimWrapper, "
+            "opt=torch.optim.AdamW))"
         )
     return inner
 
