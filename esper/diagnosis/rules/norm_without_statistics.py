@@ -4,6 +4,8 @@ from esper.contracts import Severity
 from esper.diagnosis.base import Evidence, Memory, Rule, Threshold
 from esper.diagnosis.observation import Observation
 
+LARGE = 10.0
+
 
 class NormWithoutStatistics(Rule):
     """A batch norm is frozen before it has seen a batch, so that it normalises nothing."""
@@ -17,7 +19,11 @@ class NormWithoutStatistics(Rule):
     thresholds = (
         Threshold("mean of every channel", 0.0, "exactly", "what torch makes it with"),
         Threshold("variance of every channel", 1.0, "exactly", "what torch makes it with"),
-    )
+        Threshold(
+            "standard deviation of what enters it, else it is info", LARGE, "std",
+            "AutoTrainer (ICSE'21): activations of 10 are abnormal; others do no harm unscaled",
+        ),
+    )  # fmt: skip
     severity = Severity.CAUTION
     false_alarm = "A norm that is to be a scale and a shift alone, on inputs of unit variance."
     advice = (
@@ -30,6 +36,8 @@ class NormWithoutStatistics(Rule):
         names = observation.without_statistics
         if not names:
             return None
+        seen = observation.passes[0].layers if observation.passes else ()
+        harms = any(one.layer in names and one.input_std >= LARGE for one in seen)
         return Evidence(
             observed=f"{len(names)} batch norms are in evaluation mode and have seen no batch, "
             f"{names[0]} first",
@@ -38,4 +46,5 @@ class NormWithoutStatistics(Rule):
             value=float(len(names)),
             began_at=names[0],
             since_step=1,
+            severity=None if harms else Severity.INFO,
         )
