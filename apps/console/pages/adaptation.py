@@ -79,7 +79,7 @@ def _panels_of_remedy(found: Adaptation) -> list[Panel]:
     title = _("What was found") if found.found else _("Why it was asked for")
     return [
         _panel("why", title, lambda: _finding_of(found), _pace(found), template="finding"),
-        _panel("change", _("What will change"), lambda: _remedy_of(found), template="remedy"),
+        _panel("change", _("What changes"), lambda: _remedy_of(found), template="remedy"),
     ]
 
 
@@ -87,7 +87,7 @@ def _panels_of_graft(user: User, found: Adaptation) -> list[Panel]:
     live, pending = _pace(found), found.state == AdaptationState.AWAITING_APPROVAL
     shown = [
         _panel("why", _("Why it was proposed"), lambda: reasons_context(found.reasons)),
-        _panel("change", _("What will change"), lambda: _graft_of(found)),
+        _panel("change", _("What changes"), lambda: _graft_of(found)),
         _panel("evidence", _("Evidence: at proposal and now"), lambda: _evidence(found), live),
         _panel("forecast", _("If approved, if rejected"), lambda: {"expected": expected(found)}),
         _panel("shadow", _("In shadow"), lambda: shadow_context(found, user), live),
