@@ -19,7 +19,7 @@ from esper import Session
 from esper.constraints.remedy_gates import BY_RULE
 from esper.contracts import RunMode, SafetyPolicy, Severity
 from esper.contracts.remedies import MARKED
-from esper.diagnosis import Diagnosis, Observation, get_rule, list_rules
+from esper.diagnosis import Diagnosis, Observation, get_rule, list_rules, title_of
 from esper.diagnosis.base import Evidence, Memory, RemedySlug
 from esper.diagnosis.rules.dying_relu import DyingRelu
 from esper.diagnosis.rules.plateau import Plateau as PlateauRule
@@ -381,7 +381,7 @@ def test_one_rewind_is_proposed_once_however_many_findings_ask_for_it(approves: 
     with esper.attach(run.model, run.optimizer, mode="supervised", server="") as session:
         run.train(230, session)
         (asked,) = session.proposed_remedies
-        assert all(name in str(asked) for name in ("rewind", *asked.findings))
+        assert all(name in str(asked) for name in ("rewind", *map(title_of, asked.findings)))
         if approves:
             session.approve(asked)
         else:
