@@ -140,7 +140,7 @@ def test_findings_and_remedies_are_said_by_their_titles(
         training.run(1, session)
         capsys.readouterr()
         parts = session._parts
-        parts.surgery.remedy("match_updates", "", None, {}, "update_ratio_low")
+        parts.surgery.remedies.apply("match_updates", "", None, {}, "update_ratio_low")
         parts.announcer.remedy_judged("match_updates", "kept")
     applied, judged = lines_of(capsys.readouterr().err)
     assert (
