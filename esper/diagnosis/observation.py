@@ -72,6 +72,7 @@ class Observation:
             before they have seen a batch.
         duplicates: pairs of names of one module that a container holds twice.
         rank_digests: one number of each rank's parameters; empty for one process.
+        script_writes: the script writes weights between the updates, again and again.
         optimizers: how many train the model.
         searches: an optimizer finds the size of its updates by itself.
         estimates_rate: an optimizer does, and its ``lr`` is a factor of the estimate.
@@ -110,6 +111,7 @@ class Observation:
     broken: Broken = field(default_factory=Broken)
     duplicates: Sequence[tuple[str, str]] = ()
     rank_digests: Sequence[float] = ()
+    script_writes: bool = False
     optimizers: int = 1
     searches: bool = False
     estimates_rate: bool = False

@@ -54,6 +54,7 @@ class DiagnosisWatch:
     Attributes:
         optimizers: those that train the model.
         rank_digests: of the weights of all ranks, when they were compared last.
+        script_writes: the script writes weights by itself, again and again.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class DiagnosisWatch:
             model, surroundings.optimizers, fail_closed, compilation=compilation, reads=whole
         )
         self.rank_digests: tuple[float, ...] = ()
+        self.script_writes = False
         self.diagnosis = Diagnosis()
         self.optimizers = surroundings.optimizers
         self._layers: tuple[LayerInfo, ...] = ()
@@ -291,6 +293,7 @@ class DiagnosisWatch:
             batch_norms=recorder.batch_norms,
             without_statistics=recorder.without_statistics,
             rank_digests=self.rank_digests,
+            script_writes=self.script_writes,
             optimizers=len(tuple(self.optimizers)),
             searches=searches(self.optimizers),
             estimates_rate=estimates_rate(self.optimizers),

@@ -42,7 +42,7 @@ from esper.sdk.opening import open_run, parameters_of
 from esper.sdk.parts import Parts
 from esper.sdk.remedy_loop import AFTER_GUARD_STEPS
 from esper.sdk.run_state import LossPoint
-from esper.sdk.written_weights import WrittenWeights
+from esper.sdk.written_weights import OFTEN, WrittenWeights
 
 logger = logging.getLogger("esper")
 
@@ -334,6 +334,7 @@ class Steps:
             self._rewinds = run.rewinds
             written.forget()
         last = written.look(run.step, run.losses)
+        parts.diagnosis.script_writes = written.times >= OFTEN
         if last < 0:
             return
         logger.info(

@@ -30,6 +30,7 @@ FIRST, FAR = 10, 1.5  # losses; nobody wants weights that are far worse than the
 NOISE = 6.0  # median differences from step to step
 KEPT = 160  # losses, of which the longest idle time has 128
 PATIENCE = 5  # steps until these losses have arrived
+OFTEN = 3  # times, after which a script is known to write by itself
 Place: TypeAlias = tuple[weakref.ref[nn.Module], str]  # a module and the name of its parameter
 
 
@@ -39,6 +40,9 @@ class WrittenWeights:
     An update makes the same number of writes each time, so what is beyond it was the script.
     ``parameter.data = …`` counts as one. Writes into ``parameter.data`` are not counted by torch,
     and not seen here.
+
+    Attributes:
+        times: how often the script wrote between two updates that come in each step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,6 +54,7 @@ class WrittenWeights:
         self._first_known, self._highest = 0, 0.0  # of the first losses
         # The script has written after the one step, and up to the other.
         self._between: tuple[int, int] | None = None
+        self.times = 0
 
     def look(self, step: int, losses: Iterable[LossPoint]) -> int:
         """A step is over.
@@ -69,6 +74,7 @@ class WrittenWeights:
         rate, usual = (now - count) / (step - before), self._usual
         if len(usual) >= FEWEST_INTERVALS and rate > statistics.median(usual):
             self._between = (self._between[0] if self._between is not None else before, step)
+            self.times += statistics.median(usual) >= len(self._watched)
         usual.append(rate)
         if self._between is None:
             return -1

@@ -61,6 +61,9 @@ class OscillatingLoss(Rule):
             raise Unknown("too few losses")
         if STEPS * _rows(observation) < SAMPLES:
             raise Unknown("the losses of so few samples swing by themselves")
+        if observation.script_writes:
+            # As a meta-learner does after each task, whose losses swing with the tasks.
+            raise Unknown("the script writes the weights between the updates")
         ratios = observation.signal(Signal.UPDATE_RATIO)
         largest = max(ratios.values())
         recent = losses[-STEPS:]
