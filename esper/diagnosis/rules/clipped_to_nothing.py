@@ -53,14 +53,16 @@ class ClippedToNothing(Rule):
         if not observation.follows_gradient:
             raise Unknown("the optimizer divides the gradient by its size")
         newest = list(observation.gradients)[-READINGS:]
+        if len(newest) < READINGS:
+            raise Unknown("too few gradients were read")
         norms = [_norm(reading) for reading in newest]
         largest = [_largest(reading, observation) for reading in newest]
         by_element = _spread(largest) <= EQUAL < _spread(norms)
         if by_element:
             norms = largest
         low = LOW_OF_ELEMENTS if by_element else LOW
-        if len(newest) < READINGS or not all(0 < norm < math.inf for norm in norms):
-            raise Unknown("too few gradients were read")
+        if not all(0 < norm < math.inf for norm in norms):
+            raise Unknown("the norms of the gradients are not known")
         change = max(reading.change for reading in newest)
         if not change < low or _spread(norms) > EQUAL or (by_element and observation.came_trained):
             return None

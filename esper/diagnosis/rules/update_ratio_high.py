@@ -17,7 +17,6 @@ HIGH = 0.2
 STILL = 0.1
 LEARNS = 0.1
 ROSE, ROSE_FAR = 1.5, 10.0
-WHOLE, NEWEST = 1.0, 3
 GUESSING, ABOVE, FAR_ABOVE = 1.01, 1.1, 1.5
 GUESSES, SAMPLES, LONG, READ = 40, 320, 300, 3
 LEARNED = 0.9
@@ -43,14 +42,6 @@ class UpdateRatioHigh(Rule):
         Threshold(
             "the same of a model with one matrix", ROSE_FAR, "ratio",
             "chosen: it has no units that can die, so it comes back from anywhere",
-        ),
-        Threshold(
-            "the same where later updates are small", ROSE_FAR, "ratio",
-            "chosen: units that the first ones have killed have no gradient",
-        ),
-        Threshold(
-            "update / weight for that, and for the mean of the newest losses to be compared with "
-            "that of guessing", WHOLE, "ratio", "by definition: nothing is left of such weights",
         ),
         Threshold("fall of the loss between ten losses and the next", LEARNS, "share", "chosen"),
         Threshold(
@@ -222,20 +213,12 @@ class UpdateRatioHigh(Rule):
         if math.isnan(reading.change):
             raise Unknown("how far the update moved the weights was not measured")
         change = reading.change / observation.overshoot  # that of the updates to come
-        is_far = change >= (STILL if memory.is_open else FIRST)
-        if is_far:
-            memory.notes.setdefault("first", (reading, change))
-        if "first" not in memory.notes:
+        if change < (STILL if memory.is_open else FIRST):
             return None
-        first, moved = memory.notes["first"]
-        if not is_far and moved < WHOLE:
+        most = ROSE if observation.trainable_matrices > 1 else ROSE_FAR
+        first = memory.notes.setdefault("first", reading.step)
+        if not memory.is_open and observation.loss_change_after(first) < most - 1.0:
             return None
-        rise = 1.0 + observation.loss_change_after(first.step)
-        most = ROSE if is_far and observation.trainable_matrices > 1 else ROSE_FAR
-        goes_on = is_far and (memory.is_open or _is_lost(observation, change))
-        if rise < most and not goes_on:
-            return None
-        reading = reading if is_far else first
         return Evidence(
             observed=f"the update of step {reading.step} moved the weights by "
             f"{of_size(reading.change)} in the median",
@@ -248,14 +231,6 @@ class UpdateRatioHigh(Rule):
             # larger, and each later update is a smaller share of them.
             severity=Severity.INFO if observation.batch_norms else None,
         )
-
-
-def _is_lost(observation: Observation, change: float) -> bool:
-    """The update was larger than the weights, and the loss is above that of guessing."""
-    if change < WHOLE or not observation.passes:
-        return False
-    level = float(np.mean(observation.losses[-NEWEST:]))
-    return level >= ROSE * observation.first_pass.guessing_loss
 
 
 def _inputs_differ(seen: ModelPass) -> bool:

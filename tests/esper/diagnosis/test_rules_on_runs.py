@@ -238,22 +238,6 @@ CASES = [
     Case(
         "frozen_part", lambda: Run(with_empty_layer(True)), lambda: Run(with_empty_layer(False)), 1
     ),
-    Case(
-        "update_ratio_high",
-        lambda: Run(optimizer=lambda m: torch.optim.Adagrad(m.parameters(), 5.0)),
-        lambda: Run(optimizer=lambda m: torch.optim.Adagrad(m.parameters(), 0.05)),
-        2,
-    ),
-    Case(
-        "update_ratio_high",
-        lambda: Run(
-            deep(2, nn.ReLU, 64, 64, 10), optimizer=lambda m: torch.optim.SGD(m.parameters(), 5.0)
-        ),
-        lambda: Run(
-            deep(2, nn.ReLU, 64, 64, 10), optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1)
-        ),
-        10,
-    ),
     Case("update_ratio_high", lambda: never_learns(0.3), lambda: never_learns(0.01), 60),
     Case(
         "update_ratio_high", lambda: forgets_its_inputs(0.05), lambda: forgets_its_inputs(3e-3), 60

@@ -503,9 +503,10 @@ def test_a_server_tells_its_page_and_what_waits_there(
     training: Training, plane: ControlPlane, capsys: Captured
 ) -> None:
     with listening(training, plane, mode="supervised") as session:
-        for uid in ("a1", "a1", "a/2\n"):
-            plane.push({"type": "waiting", "adaptation": uid, "layer": "3", "blueprint": "ln_rms"})
-        plane.push({"type": "waiting", "adaptation": "a3", "layer": "", "blueprint": "rewind"})
+        graft = {"type": "waiting", "adaptation": "a1", "layer": "3", "blueprint": "ln_rms"}
+        remedy = {"type": "waiting", "adaptation": "a/2\n", "blueprint": "rewind"}
+        for event in (graft, graft, remedy):
+            plane.push(event)
         plane.push({"type": "waiting"})
         said = ""
 
@@ -518,7 +519,7 @@ def test_a_server_tells_its_page_and_what_waits_there(
     lines = lines_of(said)
     assert f"esper: the run's page: {plane.url}/runs/{plane.uid}" in lines
     assert sum(f"waits for a person: {plane.url}/adaptations/a1" in line for line in lines) == 1
-    (rewind,) = [line for line in lines if line.endswith("/adaptations/a3")]
+    (rewind,) = [line for line in lines if line.endswith("/adaptations/a%2F2%0A")]
     assert "“Rewind to a good state” waits for a person: " in rewind
     assert all(line.startswith("esper: ") for line in lines)
 
