@@ -135,6 +135,8 @@ def _of_dict(
         return ""
     if any(issubclass(type(value), nn.Parameter) for value in values):
         return ""
+    if all(type(value) is dict and _has_tensors(value) for value in values):
+        return ""  # a saved state of an optimizer, as in a checkpoint
     shapes = {_plain(name): _shape_of(value) for name, value in found.items()}
     for names in candidates:
         # With a tensor of the same name and shape it may be a state that was saved.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
@@ -740,6 +741,20 @@ def test_a_state_that_is_only_kept_is_in_nobodys_way() -> None:
     surgery = session._parts.surgery
     assert surgery.apply(surgery.planned("0", "proj_lora_64", "", {})).receipt is not None
     session._parts.setup.model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("of", ["Esper", "torch"])
+def test_a_state_of_an_optimizer_by_names_is_in_nobodys_way(of: str) -> None:
+    """As in a checkpoint that the script has saved, and holds still."""
+    model = without_buffers()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    session = esper.attach(model, optimizer, server="", verbose=False)
+    for _ in range(2):
+        session.step(learned(model, optimizer, rows=4))
+    kept = session.state_dict() if of == "Esper" else get_optimizer_state_dict(model, optimizer)
+    session.step(learned(model, optimizer, rows=4))
+    assert session.graft("0", "proj_lora_64")
+    assert kept
 
 
 def without_buffers() -> nn.Module:
