@@ -66,7 +66,8 @@ fault by definition. All arms of a case see the same first weights and the same 
 - Limits of the rules and doses of the remedies were chosen on seeds 0 to 9, and on draws of other
   salts. The seeds 100 to 107 of AT-8 were reported before: at 4131ad3 and c3b1db0, 81 % of 37 were
   repaired and 1 was made worse, in 0.43 of the steps; at 03721ba as many, in 0.60; earlier, 77 %
-  of 35. The seeds 100 to 120: at 76007f6a, 84 % of 93 and 1.
+  of 35. The seeds 100 to 120: at 76007f6a, 84 % of 93 and 1; at a93f10d3 and 5b2cf07d, 82 % of 94
+  and 1.
 - Faults of the script (a wrong loss, a wrong output activation, a parameter that no optimizer
   holds) can be told, and nothing in the run can repair them: they count in the first table alone.
 """
