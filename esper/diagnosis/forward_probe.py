@@ -194,9 +194,9 @@ class ForwardProbe:
         x, y = first_tensor((*args, *kwargs.values())), output_of(output)
         if x is not None and is_readable(x):
             self._input = rows_of(x).clone()
-        hides = hidden_by(kwargs) if self._hides is None else self._hides
+        hides, self._hides = hidden_by(kwargs) if self._hides is None else self._hides, None
         if x is not None and hides is not None and are_tokens(x) and hides.shape == x.shape:
-            self._masked = torch.stack([x.flatten()[:TOKENS], hides.flatten()[:TOKENS]]).float()
+            self._see_mask(x, hides)
         if y is None or not is_readable(y) or not y.requires_grad or not y.ndim:
             return
         self._output, self._shape = rows_of(y).clone(), tuple(y.shape)
@@ -238,6 +238,11 @@ class ForwardProbe:
                     self._first_places = torch.nn.utils.rnn.pad_sequence(
                         [numbers_4B.T for numbers_4B in found], padding_value=-1.0
                     ).permute(1, 2, 0)
+
+    def _see_mask(self, tokens: Tensor, hides: Tensor) -> None:
+        if tokens.device == hides.device:  # a model that is spread over devices has it on another
+            pair = [tokens.flatten()[:TOKENS], hides.flatten()[:TOKENS]]
+            self._masked = torch.stack(pair).float()
 
     def _see_axes(self, gradient: Tensor) -> None:
         """Once: a script does not change how it reads the output."""

@@ -77,7 +77,8 @@ def hidden_by(arguments: Mapping[str, Any]) -> Tensor | None:
     """
     for name in ("key_padding_mask", "src_key_padding_mask", "attention_mask"):
         mask = arguments.get(name)
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or is_transformed(mask):
+        # A sharded mask, or another one of its own kind, cannot be put beside plain tokens.
+        if type(mask) is not Tensor or mask.ndim != 2 or is_transformed(mask):
             continue
         if name == "attention_mask":
             return None if mask.is_floating_point() else mask == 0

@@ -459,3 +459,28 @@ def test_layers_that_get_their_shape_in_the_first_pass_are_watched(mode: Any) ->
         session.step(loss)
 
     assert not [found for found in session.findings() if found.severity == "serious"]
+
+
+class MaskElsewhere(nn.Module):
+    """As the parts of a model on several devices: the mask is where the layer is that uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(8, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.out(self.tokens(tokens).mean(1))
+
+
+def test_a_mask_on_another_device_than_the_tokens_switches_nothing_off() -> None:
+    model = MaskElsewhere()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = esper.attach(model, optimizer, server="", verbose=False)
+    for _ in range(3):
+        tokens = torch.randint(8, (16, 6))
+        loss = model(tokens, attention_mask=torch.ones(16, 6, device="meta").long()).pow(2).mean()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        session.step(loss)
+    assert not failed_parts(session)
